@@ -1,0 +1,137 @@
+"""What is chosen once per cache: codecs, scales, window. Frozen and validated on construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from kvfold.errors import InvalidConfig, UnknownCodec
+
+PAGE_TOKENS = 128  # part of the format: token t of a sequence lies in page t // 128
+# Tokens that share a stored mean key: half a page. Position encodings turn a mean within a page: one mean per 64 tokens
+# leaves 10-15 % less energy to code than one per 128, for .03 bit (measured: LOG.md).
+MEAN_TOKENS = 64
+
+SCALES = ("norm", "unbiased", "least-squares", "match")
+ROTATIONS = ("hadamard", "dense")
+SKETCHES = ("gaussian", "orthogonal")
+# Widths each codec exists in. `raw` stores the model's own numbers and is the lossless form.
+CODEC_BITS: dict[str, tuple[float, ...]] = {
+    "raw": (16,),
+    "mse": (1, 2, 3, 4, 5, 6, 7, 8),
+    "uniform": (2,),
+    "prod": (1, 2, 3, 4, 5),
+    "qjl": (1,),
+    "polar": (3.875,),
+    "split": (2.5, 3.5),
+    "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
+}
+SCALED_CODECS = ("mse", "uniform", "split", "trellis")
+SEARCHED_CODECS = ("mse", "uniform", "split")
+
+
+@dataclass(frozen=True)
+class SideSpec:
+    """How keys, or values, are folded.
+
+    codec: one of CODEC_BITS. bits: nominal width per value (scales not counted, except in `split` and `polar`, whose
+    names count everything). scale: how one stored scale per vector is chosen (SCALED_CODECS only): `norm` keeps
+    the vector's length times the codebook (paper), `unbiased` makes <x, x_hat> = |x|^2, `least-squares` minimises the
+    error, `match` makes |x_hat| = |x|. search: how many codebook grids the encoder tries per vector, 1 or 3.
+    rotation: `hadamard` (seeded signs) or `dense` (paper). sketch: the matrix whose signs `prod` and `qjl` keep:
+    `gaussian` (paper), or `orthogonal`, unbiased too and of less variance.
+    """
+
+    codec: str = "mse"
+    bits: float = 3
+    scale: str = "norm"
+    rotation: str = "hadamard"
+    search: int = 1
+    sketch: str = "gaussian"
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODEC_BITS:
+            raise UnknownCodec(f"unknown codec {self.codec!r}", f"Use one of: {', '.join(CODEC_BITS)}")
+        if self.bits not in CODEC_BITS[self.codec]:
+            widths = ", ".join(f"{b:g}" for b in CODEC_BITS[self.codec])
+            raise InvalidConfig(f"codec {self.codec!r} has no width {self.bits:g}", f"Its widths are: {widths}")
+        if self.scale not in SCALES:
+            raise InvalidConfig(f"unknown scale {self.scale!r}", f"Use one of: {', '.join(SCALES)}")
+        if self.search not in (1, 3) or (
+            self.search > 1 and (self.scale == "norm" or self.codec not in SEARCHED_CODECS)
+        ):
+            raise InvalidConfig(
+                f"search {self.search} does not go with codec {self.codec!r} and scale {self.scale!r}",
+                "Use 1, or 3 with codec 'mse' or 'uniform' and a scale other than 'norm'",
+            )
+        if self.codec == "trellis" and self.rotation != "hadamard":
+            raise InvalidConfig("codec 'trellis' has no dense rotation", "Use rotation 'hadamard'")
+        if self.rotation not in ROTATIONS:
+            raise InvalidConfig(f"unknown rotation {self.rotation!r}", f"Use one of: {', '.join(ROTATIONS)}")
+        if self.sketch not in SKETCHES:
+            raise InvalidConfig(f"unknown sketch {self.sketch!r}", f"Use one of: {', '.join(SKETCHES)}")
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Everything that decides what a folded cache holds.
+
+    window: newest tokens a query reads exactly. sinks: first tokens read exactly. centre: subtract each page's mean
+    key before folding and add q . mean back to its scores, which is exact. seed: of signs, rotations and sketches.
+    """
+
+    key: SideSpec = field(default_factory=lambda: SideSpec(scale="unbiased"))
+    value: SideSpec = field(default_factory=lambda: SideSpec(scale="least-squares"))
+    window: int = 64
+    sinks: int = 4
+    centre: bool = True
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise InvalidConfig(f"window {self.window} is negative", "Use 0 or more tokens")
+        if not 0 <= self.sinks < PAGE_TOKENS:
+            raise InvalidConfig(f"sinks {self.sinks} must lie in page 0", f"Use 0 to {PAGE_TOKENS - 1}")
+        if not 0 <= self.seed < 1 << 63:
+            raise InvalidConfig(f"seed {self.seed} is not a 63-bit number", "Use 0 to 2**63 - 1")
+        if self.centre and self.key.codec == "raw":
+            raise InvalidConfig("raw keys are exact and are not centred", "Set centre = false")
+
+    def with_overrides(self, **changes: object) -> CacheSpec:
+        """A copy with fields replaced. `key_*` and `value_*` (codec, bits, scale, rotation, search) reach into a side,
+        `scale` into both. A codec named without a width takes its width nearest to the old one; a search that the new
+        codec or scale does not know is dropped. None leaves a field as it is."""
+        side: dict[str, dict[str, object]] = {"key": {}, "value": {}}
+        top: dict[str, object] = {}
+        for name, value in changes.items():
+            if value is None:
+                continue
+            head, _, tail = name.partition("_")
+            if name == "scale":
+                side["key"]["scale"] = side["value"]["scale"] = value
+            elif head in side and tail:
+                side[head][tail] = value
+            else:
+                top[name] = value
+        for head, own in side.items():
+            if own:
+                top[head] = _changed_side(getattr(self, head), own)
+        return replace(self, **top)  # type: ignore[arg-type]
+
+    def ring_tokens(self) -> int:
+        """Slots of the exact ring. Window, a page being filled, and the exact copy of every page that a trim inside
+        the exact part could unfold again: ceil(window / 128) pages."""
+        held_back = -(-self.window // PAGE_TOKENS)
+        return self.window + PAGE_TOKENS * (1 + held_back)
+
+    def folded_tokens(self, length: int) -> int:
+        """Tokens that live in pages when a sequence is `length` tokens long: full pages outside the window."""
+        return max(0, length - self.window) // PAGE_TOKENS * PAGE_TOKENS
+
+
+def _changed_side(spec: SideSpec, changes: dict[str, object]) -> SideSpec:
+    codec = str(changes.get("codec", spec.codec))
+    if codec in CODEC_BITS and "bits" not in changes:
+        changes["bits"] = min(CODEC_BITS[codec], key=lambda b: abs(b - spec.bits))
+    if "search" not in changes and (changes.get("scale", spec.scale) == "norm" or codec not in SEARCHED_CODECS):
+        changes["search"] = 1
+    return replace(spec, **changes)  # type: ignore[arg-type]
