@@ -1,0 +1,1 @@
+"""Vectors to rotated vectors and back. Knows seeds; knows nothing of bits."""
