@@ -1,0 +1,1 @@
+"""Bytes over time: pages, sequences and layers of a cache. Knows tokens; knows no framework but torch."""

@@ -1,0 +1,242 @@
+"""One folded attention layer: an engine, a page pool and one sequence per row of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvfold.cache.memory import return_large_blocks
+from kvfold.cache.pages import PagePool
+from kvfold.cache.sequence import Engine, LayerSequence
+from kvfold.config import PAGE_TOKENS, CacheSpec
+from kvfold.engine.request import AttendRequest, LayerShape
+from kvfold.errors import DeviceMismatch, DtypeMismatch, InvalidInput, NonFiniteInput, ShapeMismatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AttendingEngine(Engine, Protocol):
+    """An engine that can also attend, and write its pages in the byte order of files."""
+
+    def to_canonical(self, row: Tensor) -> Tensor: ...
+
+    def from_canonical(self, row: Tensor) -> Tensor: ...
+
+    def attend(self, request: AttendRequest) -> Tensor: ...
+
+
+MakeEngine = Callable[[CacheSpec, LayerShape, torch.dtype, torch.device], AttendingEngine]
+
+
+class FoldedAttention:
+    """Keys and values of one layer for a batch of sequences. Built on its first call, on the device of its first key."""
+
+    def __init__(self, spec: CacheSpec, layer: int, make_engine: MakeEngine) -> None:
+        return_large_blocks()  # before the first call's activations, not after
+        self.spec, self.layer, self._make = spec, layer, make_engine
+        self.engine: AttendingEngine | None = None
+        self.sequences: list[LayerSequence] = []
+        self._built: tuple[int, int, torch.dtype, torch.device] | None = None  # heads, head_dim, ... of the engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: this layer's own pages, once each, in canonical bytes, which any engine can read."""
+        where: dict[int, int] = {}
+        canonical: list[Tensor] = []
+        for page in (p for s in self.sequences for p in s.pages):
+            if page not in where:
+                where[page] = len(canonical)
+                canonical.append(self.engine.to_canonical(self.pool.row(page)).clone())  # type: ignore[union-attr]
+        state = {k: x for k, x in self.__dict__.items() if k not in ("engine", "pool")}
+        return {**state, "sequences": [s.detached(where) for s in self.sequences], "canonical": canonical}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sequences, canonical = state.pop("sequences"), state.pop("canonical")
+        self.__dict__.update(state, engine=None, sequences=[])
+        if self._built is None:
+            return
+        engine = self._build(self._built)
+        pages = [self.pool.allocate() for _ in canonical]
+        for page, row in zip(pages, canonical, strict=True):
+            self.pool.row(page).copy_(engine.from_canonical(row))
+        self.sequences = [LayerSequence.attached(engine, self.pool, s, pages) for s in sequences]
+        for page in pages:
+            self.pool.release(page)
+
+    def _build(self, built: tuple[int, int, torch.dtype, torch.device]) -> AttendingEngine:
+        heads, dim, dtype, device = built
+        self.engine = self._make(self.spec, LayerShape(self.layer, heads, dim, dtype.itemsize), dtype, device)
+        self.pool = PagePool(self.engine.page_bytes, device)
+        self._built = built
+        return self.engine
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        where = f"layer {self.layer}: "
+        if k.dim() != 4 or v.dim() != 4 or k.shape != v.shape:
+            raise ShapeMismatch(
+                f"{where}keys {tuple(k.shape)} and values {tuple(v.shape)} are not both [batch, heads, tokens, head_dim]",
+                "Pass keys and values of one shape",
+            )
+        if k.dtype not in DTYPES or k.dtype != v.dtype:
+            raise DtypeMismatch(
+                f"{where}keys are {k.dtype}, values {v.dtype}", "Pass both as float32, bfloat16 or float16"
+            )
+        if k.device != v.device:
+            raise DeviceMismatch(f"{where}keys are on {k.device}, values on {v.device}", "Move both to one device")
+
+    def _mismatch(self, k: Tensor) -> InvalidInput | None:
+        """Why keys cannot continue the sequences there are, None if they can."""
+        where = f"layer {self.layer}: "
+        ring = self.sequences[0].ring_k
+        if len(k) != len(self.sequences) or (k.shape[1], k.shape[3]) != (ring.shape[0], ring.shape[2]):
+            return ShapeMismatch(
+                f"{where}keys {tuple(k.shape)} do not continue a cache of {len(self.sequences)} sequences, "
+                f"{ring.shape[0]} heads and head_dim {ring.shape[2]}",
+                "Use a new cache, or the batch this one was filled with",
+            )
+        if k.dtype != ring.dtype:
+            return DtypeMismatch(f"{where}keys are {k.dtype}, the cache holds {ring.dtype}", "Use one dtype per cache")
+        if k.device != ring.device:
+            return DeviceMismatch(
+                f"{where}keys are on {k.device}, the cache on {ring.device}", "Use one device per layer"
+            )
+        return None
+
+    def _check_finite(self, k: Tensor, v: Tensor, pads: Sequence[int]) -> None:
+        """Vectors that a fold could not represent are refused when they arrive, not a page later."""
+        for side, spec, x in (("key", self.spec.key, k), ("value", self.spec.value, v)):
+            if spec.codec == "raw" or bool(torch.isfinite(x).all()):
+                continue
+            for b, p in enumerate(pads):
+                if not bool(torch.isfinite(x[b, :, p:]).all()):
+                    raise NonFiniteInput(
+                        f"layer {self.layer}: a {side} of row {b} holds NaN or infinity",
+                        "Check the model's activations, or use profile 'lossless'",
+                    )
+
+    def prepare(self, k: Tensor, v: Tensor) -> None:
+        """Check a call's keys and values [B, H, Q, D] and, on the first one, build engine, pool and sequences."""
+        self._check(k, v)
+        if self.sequences and (error := self._mismatch(k)) is not None:
+            if any(s.length for s in self.sequences):
+                raise error
+            self.clear()
+        if self.sequences:
+            return
+        built = (k.shape[1], k.shape[3], k.dtype, k.device)
+        engine = self.engine if self.engine is not None and self._built == built else self._build(built)
+        self.sequences = [LayerSequence(engine, self.pool, k[0], v[0]) for _ in range(len(k))]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Sequence[int], scale: float) -> Tensor:
+        """Attention of a call's queries [B, H * G, Q, D] over the past and the call itself; then append the call."""
+        self.prepare(k, v)
+        if q.dim() != 4 or q.shape[1] % k.shape[1] or (len(q), *q.shape[2:]) != (len(k), *k.shape[2:]):
+            raise ShapeMismatch(
+                f"layer {self.layer}: queries {tuple(q.shape)} do not fit keys {tuple(k.shape)}",
+                "Pass [batch, heads * groups, tokens, head_dim]",
+            )
+        if q.device != k.device:
+            raise DeviceMismatch(f"layer {self.layer}: queries are on {q.device}, keys on {k.device}", "Use one device")
+        if q.dtype != k.dtype:
+            raise DtypeMismatch(f"layer {self.layer}: queries are {q.dtype}, keys {k.dtype}", "Use one dtype")
+        self._check_finite(k, v, pads)
+        out = self._attend(q, k, v, pads, scale)
+        self._store(k, v, pads)
+        return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Sequence[int], scale: float) -> Tensor:
+        """Engines are only given rows that have a token in the call; the others are zero."""
+        rows = [s.view(p) for s, p in zip(self.sequences, pads, strict=True)]
+        some = [b for b, p in enumerate(pads) if p < k.shape[2]]
+        if len(some) < len(rows):
+            out = torch.zeros_like(q)
+            if some:
+                part = AttendRequest(q[some], k[some], v[some], scale, [rows[b] for b in some])
+                out[some] = self.engine.attend(part)  # type: ignore[union-attr]
+            return out
+        return self.engine.attend(AttendRequest(q, k, v, scale, rows))  # type: ignore[union-attr]
+
+    def append(self, k: Tensor, v: Tensor, pads: Sequence[int]) -> None:
+        """Append without attention, as a session being filled does. If a row fails, no row keeps the call's tokens."""
+        self.prepare(k, v)
+        self._check_finite(k, v, pads)
+        self._store(k, v, pads)
+
+    def _store(self, k: Tensor, v: Tensor, pads: Sequence[int]) -> None:
+        staged = []
+        rows = [(s, k[b, :, p:], v[b, :, p:]) for b, (s, p) in enumerate(zip(self.sequences, pads, strict=True))]
+        try:
+            for s, new_k, new_v in rows:
+                staged.append(s.stage(new_k, new_v))
+        except BaseException:
+            for (s, _, _), done in zip(rows, staged, strict=False):
+                s.discard(done)
+            raise
+        for (s, new_k, new_v), done in zip(rows, staged, strict=True):
+            s.commit(done, new_k, new_v)
+
+    def trim(self, tokens: Sequence[int]) -> None:
+        """Forget the newest tokens of each sequence."""
+        for s, n in zip(self.sequences, tokens, strict=True):
+            s.trim(n)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep, repeat or permute sequences: row i becomes a continuation of old row rows[i]."""
+        if not self.sequences:
+            return
+        taken: set[int] = set()
+        chosen = []
+        for r in rows:
+            chosen.append(self.sequences[r].fork() if r in taken else self.sequences[r])
+            taken.add(r)
+        for r, s in enumerate(self.sequences):
+            if r not in taken:
+                s.release()
+        self.sequences = chosen
+
+    def fork(self) -> FoldedAttention:
+        """An independent continuation of every sequence; pages stay shared until one side folds anew."""
+        other = FoldedAttention(self.spec, self.layer, self._make)
+        other.__dict__.update(self.__dict__)
+        other.sequences = [s.fork() for s in self.sequences]
+        return other
+
+    def clear(self) -> None:
+        """Forget every sequence; the next call may bring another batch, shape, dtype or device."""
+        for s in self.sequences:
+            s.release()
+        self.sequences = []
+
+    @property
+    def exact_bytes(self) -> int:
+        """Rings, sinks and frozen codec state, each storage once: forks share the state."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for s in self.sequences for t in s.tensors}
+        return sum(s.nbytes() for s in storages.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte allocated for this layer's context; pages shared with forks and their free space included."""
+        if self.engine is None:
+            return 0
+        return self.pool.nbytes + self.exact_bytes + sum(s.table_bytes for s in self.sequences)
+
+    def report(self) -> dict[str, float | int | str]:
+        """Bytes by kind, tokens, and bits per folded value."""
+        if self.engine is None or self._built is None:
+            return {"layer": self.layer, "kind": "folded", "bytes": 0}
+        heads, dim, _, _ = self._built
+        return {
+            "layer": self.layer,
+            "kind": "folded",
+            "backend": self.engine.name,
+            "bytes": self.nbytes,
+            "page_bytes": self.pool.nbytes,
+            "pages": self.pool.pages_used,
+            "exact_bytes": self.exact_bytes,
+            "table_bytes": sum(s.table_bytes for s in self.sequences),
+            "tokens": sum(s.length for s in self.sequences),
+            "folded_tokens": sum(s.folded for s in self.sequences),
+            "bits_per_value": 8 * self.engine.page_bytes / (PAGE_TOKENS * 2 * heads * dim),
+        }

@@ -1,0 +1,36 @@
+"""Memory that lives long, and memory that is given back."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+
+import torch
+from torch import Tensor
+
+LARGE_BLOCK_BYTES = 1 << 18
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
+
+
+def reserve(nbytes: int, device: torch.device) -> Tensor:
+    """Uninitialised uint8 that lives long. On the CPU it is mapped, not taken from malloc: a slab at the top of the heap
+    would keep every freed activation beneath it."""
+    if device.type != "cpu":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    # Private: a forked process must not write into its parent's pages.
+    how = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, **how), dtype=torch.uint8)
+
+
+@functools.cache
+def return_large_blocks() -> None:
+    """Ask glibc, once per process, to take blocks of LARGE_BLOCK_BYTES and more from the system and give them back when freed.
+
+    By default malloc keeps freed activations of up to 32 MB in its heap, and splits them around whatever younger lies
+    above: a 32k prefill in calls of 2,048 then ends 200-400 MB above what it uses, several times the folded cache. The
+    price is fresh pages for large activations: 7 % of a prefill of the 12 M model, less of larger ones, nothing of a
+    decode step.
+    """
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)

@@ -1,0 +1,137 @@
+"""Page storage of one layer: slabs of equal rows, shared by reference count."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections import deque
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.cache.memory import reserve
+
+# A slab holds 1/64 of the pages there are, so free space stays within about 2 % of the pages in use.
+SLACK = 64
+MIN_SLAB_PAGES = 4
+MAX_SLAB_PAGES = 256
+
+
+class PagePool:
+    """Rows of `page_bytes` uint8. A page id names a row for as long as its reference count is above zero.
+
+    Forks of a cache share pools and may run in threads of their own, so every change is made under a lock.
+    """
+
+    def __init__(self, page_bytes: int, device: torch.device) -> None:
+        self.page_bytes, self.device = page_bytes, device
+        self._slabs: dict[int, Tensor] = {}  # id of a slab's first page -> its rows
+        self._used: dict[int, int] = {}  # the same -> how many of them are in use
+        self._where: dict[int, tuple[int, int]] = {}  # page -> (slab, row)
+        self._count: dict[int, int] = {}  # page -> references
+        self._free: list[int] = []
+        self._next = 0
+        # What finalizers leave behind. They run anywhere, also inside the lock, so all they may do is append here.
+        self._abandoned: deque[list[int]] = deque()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte of every slab, free rows included."""
+        with self._lock:
+            self._drain()
+            return sum(s.untyped_storage().nbytes() for s in self._slabs.values())
+
+    @property
+    def pages_used(self) -> int:
+        with self._lock:
+            self._drain()
+            return sum(self._used.values())
+
+    def _grow(self) -> None:
+        n = min(MAX_SLAB_PAGES, max(MIN_SLAB_PAGES, sum(self._used.values()) // SLACK))
+        memory = reserve(n * self.page_bytes, self.device)
+        n = len(memory) // self.page_bytes
+        slab = memory[: n * self.page_bytes].view(n, self.page_bytes)
+        first = self._next
+        self._next += n
+        self._slabs[first], self._used[first] = slab, 0
+        for row in range(n):
+            self._where[first + row], self._count[first + row] = (first, row), 0
+            heapq.heappush(self._free, first + row)
+
+    def allocate(self) -> int:
+        """A page of unspecified content with reference count 1; the lowest free id, so sequences stay contiguous."""
+        with self._lock:
+            self._drain()
+            if not self._free:
+                self._grow()
+            page = heapq.heappop(self._free)
+            self._count[page] = 1
+            self._used[self._where[page][0]] += 1
+            return page
+
+    def retain(self, page: int) -> None:
+        with self._lock:
+            self._count[page] += 1
+
+    def release(self, page: int) -> None:
+        """Drop one reference; a slab without used rows is given back to the allocator."""
+        with self._lock:
+            self._release(page)
+
+    def abandon(self, pages: list[int]) -> None:
+        """Release a list of pages at the next change of the pool. For finalizers: takes no lock."""
+        if pages:
+            self._abandoned.append(pages)
+
+    def _drain(self) -> None:
+        while self._abandoned:
+            for page in self._abandoned.popleft():
+                self._release(page)
+
+    def _release(self, page: int) -> None:
+        self._count[page] -= 1
+        if self._count[page]:
+            return
+        slab, _ = self._where[page]
+        self._used[slab] -= 1
+        heapq.heappush(self._free, page)
+        if self._used[slab] == 0:
+            gone = range(slab, slab + len(self._slabs[slab]))
+            self._free = [f for f in self._free if f not in gone]
+            heapq.heapify(self._free)
+            for p in gone:
+                del self._where[p], self._count[p]
+            del self._slabs[slab], self._used[slab]
+
+    def references(self, page: int) -> int:
+        return self._count[page]
+
+    def row(self, page: int) -> Tensor:
+        """The bytes of a page, a view [page_bytes]."""
+        slab, row = self._where[page]
+        return self._slabs[slab][row]
+
+    def runs(self, pages: list[int]) -> list[Tensor]:
+        """The pages in order, as views [n, page_bytes] over maximal stretches of consecutive rows."""
+        if not pages:
+            return []
+        cuts = [0]
+        for i, (a, b) in enumerate(pairwise(pages)):
+            if b != a + 1 or self._where[a][0] != self._where[b][0]:
+                cuts.append(i + 1)
+        cuts.append(len(pages))
+        out = []
+        for a, b in pairwise(cuts):
+            slab, row = self._where[pages[a]]
+            out.append(self._slabs[slab][row : row + b - a])
+        return out

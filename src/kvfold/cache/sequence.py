@@ -1,0 +1,232 @@
+"""One sequence of one layer: page table, exact ring, sinks, length."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvfold.cache.pages import PagePool
+from kvfold.config import PAGE_TOKENS, CacheSpec
+from kvfold.engine.request import SequenceView
+from kvfold.errors import CannotTrim
+
+# Pages folded by one engine call: bounds the float32 copies of a long prefill call.
+FOLD_PAGES = 8
+TABLE_ENTRY_BYTES = 8
+
+State = tuple[Tensor | None, Tensor | None]
+
+
+class Engine(Protocol):
+    """What a sequence needs of a backend; see engine.on_torch for the meaning of each."""
+
+    name: str
+    spec: CacheSpec
+    page_bytes: int
+
+    def freeze(self, keys: Tensor, values: Tensor) -> State: ...
+
+    def fold(self, keys: Tensor, values: Tensor, first: bool, out: list[Tensor], state: State) -> None: ...
+
+    def refill(self, row: Tensor, keys: Tensor, values: Tensor, state: State) -> None: ...
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Pages folded for an append that is not made yet. keep: how many of the sequence's own pages stay before `new`."""
+
+    keep: int
+    new: list[int]
+    state: State
+
+
+class LayerSequence:
+    """Tokens 0..length-1 of one sequence in one layer.
+
+    Tokens below `folded` lie in pages; token t >= exact_start lies in ring slot t % ring (exact_start <= folded); sinks
+    keep tokens 0..sinks-1. Pages are shared between forks; everything else is owned.
+    """
+
+    def __init__(self, engine: Engine, pool: PagePool, key_like: Tensor, value_like: Tensor) -> None:
+        """key_like, value_like: [H, *, D] tensors that fix heads, head dims, dtype and device."""
+        self.engine, self.pool = engine, pool
+        spec = engine.spec
+        self.ring = spec.ring_tokens()
+        self.ring_k = key_like.new_zeros(key_like.shape[0], self.ring, key_like.shape[2])
+        self.ring_v = value_like.new_zeros(value_like.shape[0], self.ring, value_like.shape[2])
+        self.sinks_k, self.sinks_v = self.ring_k[:, : spec.sinks].clone(), self.ring_v[:, : spec.sinks].clone()
+        self.pages: list[int] = []  # changed in place only: the finalizer holds this list
+        self.length = self.folded = self.exact_start = 0
+        self.state: State = (None, None)
+        self._own_pages()
+
+    def _own_pages(self) -> None:
+        """Give the pages back when the sequence is dropped without `release`, as a fork going out of scope is."""
+        weakref.finalize(self, self.pool.abandon, self.pages).atexit = False
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+        """(ring slots, tokens - start) of tokens start..stop-1 in at most two pieces."""
+        at = start
+        while at < stop:
+            slot = at % self.ring
+            n = min(stop - at, self.ring - slot)
+            yield slice(slot, slot + n), slice(at - start, at - start + n)
+            at += n
+
+    def _ring(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Exact keys and values of tokens start..stop-1, [H, n, D]; views when they do not wrap."""
+        slots = [a for a, _ in self._spans(start, stop)] or [slice(0, 0)]
+        if len(slots) == 1:
+            return self.ring_k[:, slots[0]], self.ring_v[:, slots[0]]
+        return tuple(torch.cat([x[:, s] for s in slots], dim=1) for x in (self.ring_k, self.ring_v))  # type: ignore[return-value]
+
+    def view(self, pads: int) -> SequenceView:
+        """The sequence as attention of the next call reads it."""
+        k, v = self._ring(self.folded, self.length)
+        return SequenceView(
+            self.pool.runs(self.pages), self.folded, self.sinks_k, self.sinks_v, k, v, pads, *self.state
+        )
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add tokens k, v [H, n, D] after their attention was computed, and fold every page that leaves the window.
+
+        On error (out of memory, non-finite vectors) the sequence is as it was before.
+        """
+        self.commit(self.stage(k, v), k, v)
+
+    def stage(self, k: Tensor, v: Tensor) -> Staged:
+        """Fold the pages that appending k, v completes. Changes nothing yet: follow with `commit` or `discard`."""
+        target = self.engine.spec.folded_tokens(self.length + k.shape[1])
+        if target <= self.folded:
+            return Staged(len(self.pages), [], self.state)
+        state = self.state if self.folded else self._freeze(k, v, target)
+        keep, new = len(self.pages), list[int]()
+        try:
+            at = self.folded
+            if at % PAGE_TOKENS:
+                # The last page was trimmed: a copy of it (forks may share it) keeps its head and gets a new tail.
+                keep -= 1
+                stop = at - at % PAGE_TOKENS + PAGE_TOKENS
+                new.append(self.pool.allocate())
+                row = self.pool.row(new[-1])
+                row.copy_(self.pool.row(self.pages[-1]))
+                self.engine.refill(row, *self._tokens(k, v, at, stop), state)
+                at = stop
+            while at < target:
+                stop = min(target, at + FOLD_PAGES * PAGE_TOKENS)
+                block = [self.pool.allocate() for _ in range(at, stop, PAGE_TOKENS)]
+                new += block
+                keys, values = (x.unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1) for x in self._tokens(k, v, at, stop))
+                self.engine.fold(keys, values, at == 0, [self.pool.row(p) for p in block], state)
+                at = stop
+        except BaseException:
+            self.pool.abandon(new)
+            raise
+        return Staged(keep, new, state)
+
+    def commit(self, staged: Staged, k: Tensor, v: Tensor) -> None:
+        """Make the append that was staged. Copies into memory that exists, so it cannot fail."""
+        total = self.length + k.shape[1]
+        for page in self.pages[staged.keep :]:
+            self.pool.release(page)
+        self.pages[staged.keep :] = staged.new
+        self.state = staged.state
+        start = max(self.length, total - self.ring)
+        for slots, tokens in self._spans(start, total):
+            new = slice(tokens.start + start - self.length, tokens.stop + start - self.length)
+            self.ring_k[:, slots], self.ring_v[:, slots] = k[:, new], v[:, new]
+        sinks = slice(min(self.length, self.sinks_k.shape[1]), min(total, self.sinks_k.shape[1]))
+        self.sinks_k[:, sinks] = k[:, : sinks.stop - sinks.start]
+        self.sinks_v[:, sinks] = v[:, : sinks.stop - sinks.start]
+        self.length = total
+        self.folded = max(self.folded, self.engine.spec.folded_tokens(total))
+        self.exact_start = max(self.exact_start, total - self.ring)
+
+    def discard(self, staged: Staged) -> None:
+        """Give up an append that was staged."""
+        self.pool.abandon(staged.new)
+
+    def _tokens(self, k: Tensor, v: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Exact tokens start..stop-1 from the ring and, past `length`, from the call's own k, v."""
+        cut = min(max(self.length, start), stop)
+        new_k, new_v = k[:, cut - self.length : stop - self.length], v[:, cut - self.length : stop - self.length]
+        if cut == start:
+            return new_k, new_v
+        old_k, old_v = self._ring(start, cut)
+        return torch.cat([old_k, new_k], dim=1), torch.cat([old_v, new_v], dim=1)
+
+    def _freeze(self, k: Tensor, v: Tensor, target: int) -> State:
+        """What codecs freeze per sequence: from a first call of at least a page, else from the first pages themselves."""
+        if k.shape[1] >= PAGE_TOKENS:
+            return self.engine.freeze(k, v)
+        return self.engine.freeze(*self._tokens(k, v, 0, target))
+
+    def trim(self, tokens: int) -> None:
+        """Forget the newest `tokens`. Inside the exact part this equals never having appended them: pages that only
+        they pushed out of the window are unfolded from their exact copies. Deeper, pages keep their codes and mean."""
+        length = self.length - tokens
+        if tokens < 0 or length < 0:
+            raise CannotTrim(
+                f"cannot trim {tokens} of {self.length} tokens", "Trim between 0 and the sequence's length"
+            )
+        spec = self.engine.spec
+        if length < self.folded:
+            self.folded = self.exact_start = length
+        else:
+            self.folded = min(self.folded, max(spec.folded_tokens(length), self.exact_start))
+        if self.folded <= spec.sinks:
+            # What is left in pages are sinks, and those are exact: back to a sequence that never folded.
+            n = self.folded
+            self.ring_k[:, :n], self.ring_v[:, :n] = self.sinks_k[:, :n], self.sinks_v[:, :n]
+            self.folded = self.exact_start = 0
+            self.state = (None, None)
+        while (len(self.pages) - 1) * PAGE_TOKENS >= self.folded and self.pages:
+            self.pool.release(self.pages.pop())
+        self.length = length
+
+    def fork(self) -> LayerSequence:
+        """An independent continuation: pages shared, ring and sinks copied."""
+        owned = {n: getattr(self, n).clone() for n in ("ring_k", "ring_v", "sinks_k", "sinks_v")}
+        numbers = {page: n for n, page in enumerate(self.pages)}
+        return LayerSequence.attached(self.engine, self.pool, {**self.detached(numbers), **owned}, self.pages)
+
+    def detached(self, where: dict[int, int]) -> dict[str, Any]:
+        """Everything but engine and pool; pages as their numbers in `where`."""
+        own = {k: x for k, x in self.__dict__.items() if k not in ("engine", "pool")}
+        return {**own, "pages": [where[page] for page in self.pages]}
+
+    @classmethod
+    def attached(cls, engine: Engine, pool: PagePool, state: dict[str, Any], ids: list[int]) -> LayerSequence:
+        """The sequence that `detached` took apart; ids: the pool's page for each number, of which it takes references."""
+        pages = [ids[n] for n in state["pages"]]
+        for page in pages:
+            pool.retain(page)
+        sequence = object.__new__(cls)
+        sequence.__dict__.update(state, engine=engine, pool=pool, pages=pages)
+        sequence._own_pages()
+        return sequence
+
+    def release(self) -> None:
+        """Give the pages back; the sequence must not be used afterwards."""
+        while self.pages:
+            self.pool.release(self.pages.pop())
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Ring, sinks and frozen codec state: everything allocated besides pages."""
+        own = (self.ring_k, self.ring_v, self.sinks_k, self.sinks_v, *self.state)
+        return [t for t in own if t is not None]
+
+    @property
+    def table_bytes(self) -> int:
+        return TABLE_ENTRY_BYTES * len(self.pages)
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens that the next query would read exactly, sinks included."""
+        return self.length - self.folded + (self.engine.spec.sinks if self.folded else 0)
