@@ -1,0 +1,279 @@
+"""Fold, attend and unfold in plain torch: any device, any codec, no compilation. The readable second implementation.
+
+Attention never holds more of the history than one block of pages: peak extra memory is BLOCK_VALUES decoded values
+per side, SCORE_VALUES scores, and float32 copies of the call's own queries and outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvfold.codec.build import build
+from kvfold.codec.on_torch import TorchCodec, tree_sum
+from kvfold.codec.torch_trellis import Trellis
+from kvfold.config import MEAN_TOKENS, PAGE_TOKENS, CacheSpec
+from kvfold.engine.cpu import trellis as native_trellis
+from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
+from kvfold.errors import NonFiniteInput
+from kvfold.packing.layout import MEANS, PageLayout
+from kvfold.packing.on_torch import PageCodec
+
+BLOCK_VALUES = 1 << 19  # decoded values of one side at a time: 2 MB of float32, within a core's L2
+SCORE_VALUES = 1 << 20  # scores at a time: 4 MB of float32
+NEGATIVE = -1e30  # masked scores; finite, so that a fully masked row gives weights that later parts wipe out
+
+
+def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Every reason against this engine for a layer: there is none."""
+    return []
+
+
+class TorchEngine:
+    """Pages of one layer in canonical byte order."""
+
+    name = "torch"
+
+    def __init__(self, spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec, self.shape, self.device = spec, shape, device
+        heads, dim = shape.kv_heads, shape.head_dim
+        self.key = build(spec.key, spec.seed, shape.layer, 0, heads, dim, dtype, device)
+        self.value = build(spec.value, spec.seed, shape.layer, 1, heads, dim, dtype, device)
+        for codec in (self.key, self.value):
+            if isinstance(codec, Trellis) and device.type == "cpu" and not native_trellis.missing():
+                codec.search = native_trellis.viterbi
+        self.layout = PageLayout(self.key.fields, self.value.fields, heads, dim, spec.centre)
+        self.pages = PageCodec(self.layout)
+        self.page_bytes = self.layout.page_bytes
+        per_token = heads * max(self.key.latent, self.value.latent)
+        self.block_pages = max(1, BLOCK_VALUES // (per_token * PAGE_TOKENS))
+
+    def freeze(self, keys: Tensor, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What each codec freezes for a sequence, from its first tokens [H, T, D]."""
+        return self.key.freeze(keys.float()), self.value.freeze(values.float())
+
+    def fold(
+        self, keys: Tensor, values: Tensor, first: bool, out: list[Tensor], state: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        """Encode whole pages. keys, values [P, H, 128, D]; out: P rows of page_bytes; first: page 0 is among them (at 0).
+
+        Raises NonFiniteInput and leaves `out` as it was if a vector holds NaN or infinity or its scale exceeds float16.
+        """
+        rows = torch.zeros(len(out), self.page_bytes, dtype=torch.uint8, device=self.device)
+        k, v = keys, values
+        if self.spec.key.codec != "raw":
+            k = k.float()
+        if self.spec.value.codec != "raw":
+            v = v.float()
+        if self.spec.centre:
+            codes, scale, means = self.half_means(k, self.spec.sinks if first else 0)
+            self.pages.write_means(rows, codes, scale)
+            k = k - means.repeat_interleave(MEAN_TOKENS, dim=2)
+        for side, codec, x, s in (("key", self.key, k, state[0]), ("value", self.value, v, state[1])):
+            self.pages.write(rows, side, self._encode(side, codec, x, s, self.spec.sinks if first else 0))
+        for row, target in zip(rows, out, strict=True):
+            target.copy_(row)
+
+    def _encode(
+        self,
+        side: str,
+        codec: TorchCodec,
+        x: Tensor,
+        state: Tensor | None,
+        sinks: int = 0,
+        unit: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Fields of x. A page's unit of scales, for codecs with one, leaves out the first page's `sinks`, or is the one kept."""
+        encoded = codec.encode_under(x, unit, sinks) if isinstance(codec, Trellis) else codec.encode(x, state)
+        for f in codec.fields:
+            if f.kind == "half" and not bool(torch.isfinite(encoded[f.name]).all()):
+                raise NonFiniteInput(
+                    f"layer {self.shape.layer}: a {side} vector holds NaN or infinity, or is too long for a float16 scale",
+                    "Check the model's activations, or use profile 'lossless'",
+                )
+        return encoded
+
+    def half_means(self, keys: Tensor, first_sinks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean keys of the halves of each page as stored: (codes int8 [P, H, 2, D], scales float16 [P, H, 2], means).
+
+        The first of the pages leaves out its `first_sinks` first tokens. Canonical order: codec.canonical.half_means.
+        """
+        counts = torch.full((len(keys), 1, MEANS, 1), float(MEAN_TOKENS), device=keys.device)
+        if first_sinks:
+            keys = keys.clone()
+            keys[0, :, :first_sinks] = 0
+            counts[0, :, 0] = max(1, MEAN_TOKENS - first_sinks)
+            counts[0, :, 1] = min(MEAN_TOKENS, PAGE_TOKENS - first_sinks)
+        mean = tree_sum(keys.unflatten(2, (MEANS, MEAN_TOKENS)).mT) / counts
+        scale = (mean.abs().amax(-1) / torch.tensor(127.0, device=keys.device)).half()
+        s = scale.float()[..., None]
+        codes = torch.where(s > 0, mean / s, 0.0).round().clamp(-127, 127)
+        return codes.to(torch.int8), scale, s * codes
+
+    def refill(self, row: Tensor, keys: Tensor, values: Tensor, state: tuple[Tensor | None, Tensor | None]) -> None:
+        """Write tokens into the tail of a page whose head stays: keys, values [H, n, D] are its last n tokens.
+
+        The page keeps its mean and the codes of its first 128 - n tokens: nothing is encoded twice. Raises as `fold`.
+        """
+        start = PAGE_TOKENS - keys.shape[1]
+        rows = row[None]
+        k, v = keys[None], values[None]
+        if self.spec.centre:
+            k = k.float() - self.pages.read_means(rows).repeat_interleave(MEAN_TOKENS, dim=2)[:, :, start:]
+        for side, codec, x, s in (("key", self.key, k, state[0]), ("value", self.value, v, state[1])):
+            fields = {f.name: f for f in codec.fields}
+            unit = self.pages.read(rows, side, fields["unit"]) if "unit" in fields else None
+            encoded = self._encode(side, codec, x if codec.fields[0].kind == "raw" else x.float(), s, unit=unit)
+            kept = {}
+            for name, f in fields.items():
+                kept[name] = self.pages.read(rows, side, f, encoded[name].dtype).clone()
+                if f.rows == PAGE_TOKENS:
+                    kept[name][:, :, start:] = encoded[name]
+            self.pages.write(rows, side, kept)
+
+    def decode(self, rows: Tensor, side: str, state: Tensor | None) -> Tensor:
+        """Pages [P, page_bytes] -> z float32 [H, P * 128, latent] of one side."""
+        codec: TorchCodec = getattr(self, side)
+        z = codec.decode({f.name: self.pages.planes_of(rows, side, f) for f in codec.fields}, state)
+        return z.transpose(0, 1).flatten(1, 2)
+
+    def means(self, rows: Tensor) -> Tensor:
+        """Mean keys of pages [P, page_bytes], one per half page: float32 [H, P * 2, D]."""
+        return self.pages.read_means(rows).transpose(0, 1).flatten(1, 2)
+
+    def unfold(self, rows: Tensor, state: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Pages [P, page_bytes] -> reconstructed keys and values, float32 [H, P * 128, D]."""
+        k = self.key.lift(self.decode(rows, "key", state[0]), state[0])
+        v = self.value.lift(self.decode(rows, "value", state[1]), state[1])
+        if self.spec.centre:
+            k = k + self.means(rows).repeat_interleave(MEAN_TOKENS, dim=1)
+        return k, v
+
+    def to_canonical(self, row: Tensor) -> Tensor:
+        return row
+
+    def from_canonical(self, row: Tensor) -> Tensor:
+        return row
+
+    def attend(self, request: AttendRequest) -> Tensor:
+        """Softmax attention over pages, sinks, recent and new tokens: [B, H * G, Q, D] in the dtype of q."""
+        out = torch.zeros_like(request.q)
+        for b, view in enumerate(request.rows):
+            p = view.pads
+            out[b, :, p:] = self._attend_row(
+                request.q[b, :, p:], request.k[b, :, p:], request.v[b, :, p:], request.scale, view
+            ).to(out.dtype)
+        return out
+
+    def _attend_row(self, q: Tensor, k: Tensor, v: Tensor, scale: float, view: SequenceView) -> Tensor:
+        heads, dim = self.shape.kv_heads, self.shape.head_dim
+        new = q.shape[1]
+        groups = q.shape[0] // heads
+        # Rows are (query token, query of the group), token-major, so that a causal tile is a slice.
+        rows = (q.float() * scale).unflatten(0, (heads, groups)).transpose(1, 2).flatten(1, 2)
+        # Without pages there is nothing to lift, and no codec state to lift it with.
+        online = _Online(heads, rows.shape[1], self.value.latent if view.runs else dim, q.device)
+        if view.runs:
+            self._pages(online, rows, view)
+            online.values = self.value.lift(online.values, view.state_v)
+        sinks = self.spec.sinks if view.folded else 0
+        past_k = torch.cat([view.sinks_k[:, :sinks], view.recent_k], dim=1).float()
+        past_v = torch.cat([view.sinks_v[:, :sinks], view.recent_v], dim=1).float()
+        if past_k.shape[1]:
+            tile = max(1, SCORE_VALUES // (heads * past_k.shape[1]))
+            for i in range(0, rows.shape[1], tile):
+                online.block(rows[:, i : i + tile], past_k, past_v, at=slice(i, min(i + tile, rows.shape[1])))
+        tile = max(1, SCORE_VALUES // (heads * groups * min(new, 512)))
+        for start in range(0, new, 512):
+            stop = min(start + 512, new)
+            nk, nv = k[:, start:stop].float(), v[:, start:stop].float()
+            for i in range(start, new, tile):
+                j = min(i + tile, new)
+                mask = torch.arange(start, stop, device=q.device) > torch.arange(i, j, device=q.device)[:, None]
+                online.block(
+                    rows[:, i * groups : j * groups],
+                    nk,
+                    nv,
+                    at=slice(i * groups, j * groups),
+                    mask=mask.repeat_interleave(groups, dim=0) if i < stop else None,
+                )
+        o = online.values / online.mass[..., None]
+        return o.unflatten(1, (new, groups)).transpose(1, 2).reshape(heads * groups, new, dim)
+
+    def _pages(self, online: _Online, rows: Tensor, view: SequenceView) -> None:
+        zq = self.key.project(rows, view.state_k)
+        tile = max(1, SCORE_VALUES // (zq.shape[0] * self.block_pages * PAGE_TOKENS))
+        token = 0
+        for block in blocks(view.runs, self.block_pages):
+            zk = self.decode(block, "key", view.state_k)
+            zv = self.decode(block, "value", view.state_v)
+            mean = self.means(block) if self.spec.centre else None
+            n = len(block) * PAGE_TOKENS
+            absent = None
+            if token < self.spec.sinks or token + n > view.folded:
+                t = torch.arange(token, token + n, device=rows.device)
+                absent = (t < self.spec.sinks) | (t >= view.folded)
+                # Stale bytes of a trimmed page may decode to anything, and 0 * NaN is NaN.
+                zv = zv.masked_fill(absent[:, None], 0.0)
+            for i in range(0, rows.shape[1], tile):
+                at = slice(i, min(i + tile, rows.shape[1]))
+                offset = (rows[:, at] @ mean.mT).repeat_interleave(MEAN_TOKENS, dim=2) if mean is not None else None
+                online.block(zq[:, at], zk, zv, at=at, mask=absent, offset=offset)
+            token += n
+
+
+def blocks(runs: list[Tensor], pages: int) -> Iterator[Tensor]:
+    """The pages of `runs`, in order, `pages` at a time [n, page_bytes].
+
+    Where blocks begin depends on the page's number alone, never on where pages happen to lie: sums, and so bits, are the
+    same in a fork, a beam or a resumed session. A block over several runs is a copy of its bytes.
+    """
+    held: list[Tensor] = []
+    room = pages
+    for run in runs:
+        while len(run):
+            held.append(run[:room])
+            run = run[room:]
+            room -= len(held[-1])
+            if room == 0:
+                yield held[0] if len(held) == 1 else torch.cat(held)
+                held, room = [], pages
+    if held:
+        yield held[0] if len(held) == 1 else torch.cat(held)
+
+
+class _Online:
+    """Running softmax over blocks of keys: maximum, mass and weighted values per row (Milakov and Gimelshein 2018)."""
+
+    def __init__(self, heads: int, rows: int, latent: int, device: torch.device) -> None:
+        self.maximum = torch.full((heads, rows), NEGATIVE, device=device)
+        self.mass = torch.zeros(heads, rows, device=device)
+        self.values = torch.zeros(heads, rows, latent, device=device)
+
+    def block(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        at: slice = slice(None),
+        mask: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> None:
+        """Add keys k [H, n, Z] and values v for the rows `at`; mask [rows, n] or [n] True = hidden; offset added to scores."""
+        s = q @ k.mT
+        if offset is not None:
+            s += offset
+        if mask is not None:
+            s.masked_fill_(mask, NEGATIVE)
+        old = self.maximum[:, at]
+        top = torch.maximum(old, s.amax(-1))
+        s -= top[..., None]
+        s.exp_()
+        if mask is not None:
+            s.masked_fill_(mask, 0.0)
+        shrink = torch.exp(old - top)
+        self.maximum[:, at] = top
+        self.mass[:, at] = self.mass[:, at] * shrink + s.sum(-1)
+        self.values[:, at] = torch.baddbmm(self.values[:, at] * shrink[..., None], s, v)

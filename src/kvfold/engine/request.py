@@ -1,0 +1,50 @@
+"""What an attention call over a folded layer is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Fixed facts of one layer. head dims of keys and values may differ only for codecs that say so."""
+
+    layer: int
+    kv_heads: int
+    head_dim: int
+    dtype_bytes: int
+
+
+@dataclass(frozen=True)
+class SequenceView:
+    """One row of a call, as it was before the call.
+
+    runs: pages in order, as views [n, page_bytes] of the pool's slabs. folded: tokens in pages (the last page may be
+    partly valid after a trim). sinks_k, sinks_v: [H, S, D], read in place of tokens 0..S-1 of page 0.
+    recent_k, recent_v: [H, length - folded, D], exact. pads: how many of the call's tokens are left padding,
+    always fewer than it has.
+    state_k, state_v: what the codecs froze for this sequence.
+    """
+
+    runs: list[Tensor]
+    folded: int
+    sinks_k: Tensor
+    sinks_v: Tensor
+    recent_k: Tensor
+    recent_v: Tensor
+    pads: int
+    state_k: Tensor | None
+    state_v: Tensor | None
+
+
+@dataclass(frozen=True)
+class AttendRequest:
+    """q [B, H * G, Q, D]; k, v [B, H, Q, D] of the same call; softmax scale; one view per row."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    rows: list[SequenceView]
