@@ -1,0 +1,196 @@
+// The C interface: checks, and nothing but checks and calls.
+#include <new>
+
+#include "attend.h"
+#include "half.h"
+#include "kvfold_cpu.h"
+#include "levels.h"
+#include "pack.h"
+#include "pool.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+using kvfold::Layout;
+using kvfold::Level;
+
+namespace {
+
+bool usable(const kvf_format* format) { return format != nullptr && kvfold::supported(*format); }
+
+bool usable(const kvf_attend_request& request) {
+  if (!usable(request.format) || request.batch < 1 || request.query_tokens < 1 || request.query_heads < 1) return false;
+  if (request.query_heads % request.format->kv_heads != 0) return false;
+  if (request.query_heads / request.format->kv_heads > 64) return false;
+  for (int b = 0; b < request.batch; ++b) {
+    const kvf_sequence& s = request.sequences[b];
+    if (s.folded < 0 || s.recent < 0) return false;
+    if (s.pads < 0 || s.pads > request.query_tokens) return false;
+  }
+  return true;
+}
+
+std::int64_t element_bytes(int dtype) { return dtype == KVF_FLOAT32 ? 4 : 2; }
+
+const void* vector_at(const kvf_vectors& v, int dtype, std::int64_t outer, std::int64_t head) {
+  return static_cast<const char*>(v.data) + (outer * v.outer_stride + head * v.head_stride) * element_bytes(dtype);
+}
+
+// Applies the inverse rotation to s * L and adds the means, if any.
+void restore(const kvf_format& format, const Level& level, const std::uint8_t* codes, const kvf_side& side, const float* signs,
+             const std::uint8_t* scales, const std::int8_t* means, const std::uint8_t* mean_scales, float* out) {
+  const int dim = format.head_dim;
+  const float norm = 1.0f / std::sqrt(static_cast<float>(dim));
+  alignas(64) float vector[kvfold::kMaxDim];
+  for (int t = 0; t < kvfold::kPageTokens; ++t) {
+    std::uint16_t half;
+    std::memcpy(&half, scales + 2 * t, sizeof half);
+    const float scale = kvfold::half_to_float(half) * norm;
+    for (int j = 0; j < dim; ++j) vector[j] = scale * static_cast<float>(side.levels[codes[t * dim + j]]);
+    level.hadamard(vector, dim);
+    for (int j = 0; j < dim; ++j) out[t * dim + j] = vector[j] * signs[j];
+    if (means == nullptr) continue;
+    const int which = t / kvfold::kMeanTokens;
+    std::memcpy(&half, mean_scales + 2 * which, sizeof half);
+    const float mean_scale = kvfold::half_to_float(half);
+    for (int j = 0; j < dim; ++j) out[t * dim + j] += mean_scale * static_cast<float>(means[which * dim + j]);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t kvf_abi_version(void) { return KVF_ABI_VERSION; }
+
+int32_t kvf_level_count(void) { return static_cast<int32_t>(kvfold::levels().size()); }
+
+const char* kvf_level_name(int32_t level) { return kvfold::levels().at(level)->name; }
+
+const char* kvf_level_reason(int32_t level) { return kvfold::levels().at(level)->reason(); }
+
+int64_t kvf_row_bytes(const kvf_format* format) { return usable(format) ? static_cast<int64_t>(Layout(*format).row_bytes()) : 0; }
+
+int32_t kvf_fold(const kvf_format* format, int32_t level, int32_t threads, int32_t dtype, kvf_vectors keys, kvf_vectors values,
+                 int64_t pages, int32_t first_page, const uint64_t* rows) {
+  if (!usable(format)) return KVF_UNSUPPORTED;
+  const Level* chosen = kvfold::choose_level(level);
+  if (chosen == nullptr) return KVF_NO_LEVEL;
+  const Layout layout(*format);
+  std::atomic<bool> finite{true};
+  kvfold::parallel_for(threads, pages * format->kv_heads, [&](std::int64_t unit) {
+    const std::int64_t page = unit / format->kv_heads, head = unit % format->kv_heads;
+    kvfold::FoldTask task;
+    task.format = format;
+    task.keys = vector_at(keys, dtype, page, head);
+    task.values = vector_at(values, dtype, page, head);
+    task.key_stride = keys.inner_stride;
+    task.value_stride = values.inner_stride;
+    task.row = reinterpret_cast<std::uint8_t*>(rows[page]);
+    task.dtype = dtype;
+    task.head = static_cast<int>(head);
+    task.skipped = first_page != 0 && page == 0 ? format->sinks : 0;
+    if (!chosen->fold(task)) finite = false;
+    if (head == 0) std::memset(task.row + layout.used_bytes(), 0, layout.row_bytes() - layout.used_bytes());
+  });
+  return finite ? KVF_OK : KVF_NON_FINITE;
+}
+
+int32_t kvf_unfold(const kvf_format* format, int32_t level, const uint8_t* row, float* keys, float* values) {
+  if (!usable(format)) return KVF_UNSUPPORTED;
+  const Level* chosen = kvfold::choose_level(level);
+  if (chosen == nullptr) return KVF_NO_LEVEL;
+  const Layout layout(*format);
+  const std::size_t vectors = std::size_t{kvfold::kPageTokens} * layout.dim;
+  std::vector<std::uint8_t> codes(vectors);
+  for (int h = 0; h < format->kv_heads; ++h) {
+    const auto* means = format->centre != 0 ? reinterpret_cast<const std::int8_t*>(row + layout.means(h)) : nullptr;
+    kvfold::unpack_keys(row + layout.key_codes(h), format->head_dim, format->key.bits, codes.data());
+    restore(*format, *chosen, codes.data(), format->key, format->key_signs + h * layout.dim, row + layout.key_scales(h), means,
+            row + layout.mean_scales(h), keys + h * vectors);
+    kvfold::unpack_values(row + layout.value_codes(h), format->head_dim, format->value.bits, codes.data());
+    restore(*format, *chosen, codes.data(), format->value, format->value_signs + h * layout.dim, row + layout.value_scales(h), nullptr,
+            nullptr, values + h * vectors);
+  }
+  return KVF_OK;
+}
+
+int32_t kvf_to_canonical(const kvf_format* format, const uint8_t* row, uint8_t* canonical) {
+  if (!usable(format)) return KVF_UNSUPPORTED;
+  const Layout layout(*format);
+  std::vector<std::uint8_t> codes(std::size_t{kvfold::kPageTokens} * layout.dim);
+  std::memset(canonical, 0, layout.row_bytes());
+  for (std::size_t h = 0; h < layout.heads; ++h) {
+    std::uint8_t* out = canonical + h * layout.head_bytes;
+    kvfold::unpack_keys(row + layout.key_codes(h), format->head_dim, format->key.bits, codes.data());
+    kvfold::pack_canonical(codes.data(), format->head_dim, format->key.bits, out);
+    std::memcpy(out += layout.key_bytes, row + layout.key_scales(h), Layout::kScaleBytes);
+    kvfold::unpack_values(row + layout.value_codes(h), format->head_dim, format->value.bits, codes.data());
+    kvfold::pack_canonical(codes.data(), format->head_dim, format->value.bits, out += Layout::kScaleBytes);
+    std::memcpy(out += layout.value_bytes, row + layout.value_scales(h), Layout::kScaleBytes);
+    if (format->centre == 0) continue;
+    std::memcpy(out += Layout::kScaleBytes, row + layout.means(h), layout.mean_bytes);
+    std::memcpy(out + layout.mean_bytes, row + layout.mean_scales(h), 2 * kvfold::kMeans);
+  }
+  return KVF_OK;
+}
+
+int32_t kvf_from_canonical(const kvf_format* format, const uint8_t* canonical, uint8_t* row) {
+  if (!usable(format)) return KVF_UNSUPPORTED;
+  const Layout layout(*format);
+  std::vector<std::uint8_t> codes(std::size_t{kvfold::kPageTokens} * layout.dim);
+  std::memset(row, 0, layout.row_bytes());
+  for (std::size_t h = 0; h < layout.heads; ++h) {
+    const std::uint8_t* in = canonical + h * layout.head_bytes;
+    kvfold::unpack_canonical(in, format->head_dim, format->key.bits, codes.data());
+    kvfold::pack_keys(codes.data(), format->head_dim, format->key.bits, row + layout.key_codes(h));
+    std::memcpy(row + layout.key_scales(h), in += layout.key_bytes, Layout::kScaleBytes);
+    kvfold::unpack_canonical(in += Layout::kScaleBytes, format->head_dim, format->value.bits, codes.data());
+    kvfold::pack_values(codes.data(), format->head_dim, format->value.bits, row + layout.value_codes(h));
+    std::memcpy(row + layout.value_scales(h), in += layout.value_bytes, Layout::kScaleBytes);
+    if (format->centre == 0) continue;
+    std::memcpy(row + layout.means(h), in += Layout::kScaleBytes, layout.mean_bytes);
+    std::memcpy(row + layout.mean_scales(h), in + layout.mean_bytes, 2 * kvfold::kMeans);
+  }
+  return KVF_OK;
+}
+
+int32_t kvf_attend(const kvf_attend_request* request) {
+  if (request == nullptr || !usable(*request)) return KVF_UNSUPPORTED;
+  const Level* level = kvfold::choose_level(request->level);
+  if (level == nullptr) return KVF_NO_LEVEL;
+  try {
+    kvfold::attend(*request, *level);
+  } catch (const std::bad_alloc&) {
+    return KVF_NO_MEMORY;
+  }
+  return KVF_OK;
+}
+
+void kvf_advise_huge(void* slab, int64_t bytes) {
+#if defined(__linux__)
+  const std::uintptr_t page = 4096, first = (reinterpret_cast<std::uintptr_t>(slab) + page - 1) / page * page;
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(slab) + static_cast<std::uintptr_t>(bytes)) / page * page;
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)slab;
+  (void)bytes;
+#endif
+}
+
+int64_t kvf_read(int32_t level, int32_t threads, const uint64_t* addresses, int64_t count, int64_t bytes) {
+  const Level* chosen = kvfold::choose_level(level);
+  if (chosen == nullptr) return 0;
+  std::atomic<std::int64_t> sum{0};
+  kvfold::parallel_for(threads, count, [&](std::int64_t i) {
+    sum += chosen->read(reinterpret_cast<const std::uint8_t*>(addresses[i]), bytes);
+  });
+  return sum;
+}
+
+}  // extern "C"

@@ -1,0 +1,70 @@
+// Where everything lies in a page row. The only arithmetic about the engine's own byte order.
+//
+// A row holds 128 tokens of all KV heads of one layer:
+//   per head: [means of both halves of the page int8 x 2D][K scales fp16 x128][K codes][V scales fp16 x128][V codes]
+//   then the scales of the means, fp16 x2 per head, and zeros.
+// Attention reads a row from its first byte to its last, which is what hardware prefetchers and memory like best (a walk head by head
+// over many rows reached three quarters of the bandwidth). Byte count equals the canonical one (per head: codes, scales, means, padded
+// to 8); putting the odd-sized part last keeps every code line on a 64-byte boundary of the row.
+//
+// Codes. Both sides use one shape: groups of 16 lanes by `quads` of 4, a line of 64 bytes being 16 lanes x 4.
+//   keys:   8 groups of 16 tokens,    quads run over coordinates (D / 4)
+//   values: D/16 groups of 16 coords, quads run over tokens      (32)
+// A plane of width w packs 8/w quads into a line: field f of line s is quad s + f * lines, lines = quads * w / 8. Three bits are a
+// 2-bit plane (low bits) followed by a 1-bit plane, group by group.
+#ifndef KVFOLD_FORMAT_H
+#define KVFOLD_FORMAT_H
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kvfold_cpu.h"
+
+namespace kvfold {
+
+constexpr int kPageTokens = 128;
+constexpr int kMeanTokens = 64;  // half a page shares a mean key
+constexpr int kMeans = kPageTokens / kMeanTokens;
+constexpr int kLanes = 16;
+constexpr int kMaxDim = 256;
+constexpr int kTokenQuads = kPageTokens / 4;
+constexpr int kTokenGroups = kPageTokens / kLanes;
+
+inline bool supported_side(const kvf_side& side) { return side.bits >= 2 && side.bits <= 4 && (side.searches == 1 || side.searches == 3); }
+
+inline bool supported(const kvf_format& format) {
+  const bool dim = format.head_dim == 64 || format.head_dim == 128 || format.head_dim == 256;
+  return dim && format.kv_heads > 0 && format.sinks >= 0 && format.sinks <= kPageTokens && supported_side(format.key) &&
+         supported_side(format.value);
+}
+
+struct Layout {
+  explicit Layout(const kvf_format& format)
+      : dim(format.head_dim),
+        heads(format.kv_heads),
+        key_bytes(std::size_t{16} * dim * format.key.bits),
+        value_bytes(std::size_t{16} * dim * format.value.bits),
+        mean_bytes(format.centre != 0 ? kMeans * dim : 0),
+        head_bytes(padded(key_bytes + value_bytes + 2 * kScaleBytes + (format.centre != 0 ? kMeans * (dim + 2) : 0))) {}
+
+  std::size_t row_bytes() const { return heads * head_bytes; }
+  std::size_t means(std::size_t head) const { return head * head_stride(); }
+  std::size_t key_scales(std::size_t head) const { return means(head) + mean_bytes; }
+  std::size_t key_codes(std::size_t head) const { return key_scales(head) + kScaleBytes; }
+  std::size_t value_scales(std::size_t head) const { return key_codes(head) + key_bytes; }
+  std::size_t value_codes(std::size_t head) const { return value_scales(head) + kScaleBytes; }
+  std::size_t mean_scales(std::size_t head) const { return means(heads) + 2 * kMeans * head; }
+  std::size_t used_bytes() const { return mean_bytes != 0 ? mean_scales(heads) : means(heads); }
+  // Bytes of one group of 16 lanes.
+  static std::size_t group_bytes(int quads, int bits) { return std::size_t{8} * quads * bits; }
+
+  static constexpr std::size_t kScaleBytes = 2 * kPageTokens;
+  std::size_t dim, heads, key_bytes, value_bytes, mean_bytes, head_bytes;
+
+ private:
+  std::size_t head_stride() const { return mean_bytes + 2 * kScaleBytes + key_bytes + value_bytes; }
+  static std::size_t padded(std::size_t bytes) { return (bytes + 7) / 8 * 8; }
+};
+
+}  // namespace kvfold
+#endif

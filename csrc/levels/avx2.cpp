@@ -1,0 +1,9 @@
+// AVX2 level: exact 16-bit queries and weights by vpmaddwd.
+#include "simd_avx2.h"
+
+#include "define_level.h"
+#include "x86.h"
+
+namespace kvfold {
+const Level kAvx2 = line_level<SimdAvx2<Avx2Dot>>("avx2", avx2_reason);
+}  // namespace kvfold

@@ -1,0 +1,8 @@
+// AVX-512 level: VBMI lookups and 512-bit VNNI dot products.
+#include "define_level.h"
+#include "simd_avx512.h"
+#include "x86.h"
+
+namespace kvfold {
+const Level kAvx512Vnni = line_level<SimdAvx512>("avx512-vnni", avx512_vnni_reason);
+}  // namespace kvfold

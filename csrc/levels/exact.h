@@ -1,0 +1,113 @@
+// Attention of query rows over exact tokens (ring, sinks, new tokens) in float32, sixteen tokens at a time.
+//
+// Row r of tile i sees the first limits[8 i + r] tokens: that is how causality enters. Each block is converted once and used by every
+// row of every tile; softmax state is the same as for pages, in the unrotated basis.
+#ifndef KVFOLD_EXACT_H
+#define KVFOLD_EXACT_H
+
+#include <cstdint>
+
+#include "level.h"
+#include "softmax.h"
+
+namespace kvfold {
+namespace {
+
+constexpr int kExactTokens = 16;
+
+template <class Simd>
+typename Simd::Float load_as(const void* data, std::int64_t index, int dtype) {
+  if (dtype == KVF_FLOAT32) return Simd::load(static_cast<const float*>(data) + index);
+  const auto* halves = static_cast<const std::uint16_t*>(data) + index;
+  return dtype == KVF_BFLOAT16 ? Simd::load_bfloat16(halves) : Simd::load_half(halves);
+}
+
+template <class Simd>
+void convert_block(const void* data, std::int64_t first, std::int64_t stride, int tokens, int dim, int dtype, float* out) {
+  for (int t = 0; t < tokens; ++t)
+    for (int j = 0; j < dim; j += Simd::kWidth)
+      Simd::store(out + t * kMaxDim + j, load_as<Simd>(data, (first + t) * stride + j, dtype));
+}
+
+// <query, key> of Rows rows and `tokens` tokens: keys are loaded once for all rows.
+template <class Simd, int Rows>
+void exact_scores(const QueryTile& tile, int first, const float* keys, int tokens, int dim, float (*scores)[kExactTokens]) {
+  for (int t = 0; t < tokens; ++t) {
+    typename Simd::Float sums[Rows];
+    for (auto& sum : sums) sum = Simd::set(0.0f);
+    for (int j = 0; j < dim; j += Simd::kWidth) {
+      const auto key = Simd::load(keys + t * kMaxDim + j);
+      for (int r = 0; r < Rows; ++r) sums[r] = Simd::fma(key, Simd::load(tile.query[first + r] + j), sums[r]);
+    }
+    for (int r = 0; r < Rows; ++r) scores[r][t] = Simd::reduce_add(sums[r]);
+  }
+}
+
+// Scores -> weights relative to the running peak of row r, which rises if it must.
+template <class Simd>
+void exact_weights(TileState& state, int r, float* scores, int dim) {
+  auto top = Simd::set(kNothing);
+  for (int t = 0; t < kExactTokens; t += Simd::kWidth) top = Simd::max(top, Simd::load(scores + t));
+  const float peak = Simd::reduce_max(top);
+  if (peak > state.peak[r]) raise_peak<Simd>(state, r, peak, dim);
+  auto total = Simd::set(0.0f);
+  for (int t = 0; t < kExactTokens; t += Simd::kWidth) {
+    const auto weight = Simd::exp2(Simd::sub(Simd::load(scores + t), Simd::set(state.peak[r])));
+    total = Simd::add(total, weight);
+    Simd::store(scores + t, weight);
+  }
+  state.total[r] += Simd::reduce_add(total);
+}
+
+// Rows [first, first + Rows) of a tile over a block of converted tokens; row r sees seen[r] of them.
+template <class Simd, int Rows>
+void exact_rows(TileState& state, const QueryTile& tile, int first, const float* keys, const float* values, const int* seen, int tokens,
+                int dim) {
+  alignas(64) float scores[Rows][kExactTokens];
+  exact_scores<Simd, Rows>(tile, first, keys, tokens, dim, scores);
+  for (int r = 0; r < Rows; ++r) {
+    for (int t = seen[r]; t < kExactTokens; ++t) scores[r][t] = kMasked;
+    exact_weights<Simd>(state, first + r, scores[r], dim);
+  }
+  for (int j = 0; j < dim; j += Simd::kWidth) {
+    typename Simd::Float sums[Rows];
+    for (int r = 0; r < Rows; ++r) sums[r] = Simd::load(state.output[first + r] + j);
+    for (int t = 0; t < tokens; ++t) {
+      const auto value = Simd::load(values + t * kMaxDim + j);
+      for (int r = 0; r < Rows; ++r) sums[r] = Simd::fma(Simd::set(scores[r][t]), value, sums[r]);
+    }
+    for (int r = 0; r < Rows; ++r) Simd::store(state.output[first + r] + j, sums[r]);
+  }
+}
+
+// All rows of a tile; `limits` are theirs, counted from the block's first token.
+template <class Simd>
+void exact_tile(const ExactTask& task, int index, std::int64_t first_token, int tokens, const float* keys, const float* values) {
+  const QueryTile& tile = task.tiles[index];
+  int seen[kTileRows], most = 0;
+  for (int r = 0; r < tile.rows; ++r) {
+    const std::int64_t left = task.limits[index * kTileRows + r] - first_token;
+    seen[r] = left <= 0 ? 0 : left < tokens ? static_cast<int>(left) : tokens;
+    most = seen[r] > most ? seen[r] : most;
+  }
+  if (most == 0) return;
+  int r = 0;
+  for (; r + 4 <= tile.rows; r += 4) exact_rows<Simd, 4>(task.states[index], tile, r, keys, values, seen + r, most, task.dim);
+  for (; r < tile.rows; ++r) exact_rows<Simd, 1>(task.states[index], tile, r, keys, values, seen + r, most, task.dim);
+}
+
+template <class Simd>
+void attend_exact(const ExactTask& task) {
+  alignas(64) float keys[kExactTokens * kMaxDim];
+  alignas(64) float values[kExactTokens * kMaxDim];
+  for (std::int64_t first = 0; first < task.count; first += kExactTokens) {
+    const int tokens = static_cast<int>(task.count - first < kExactTokens ? task.count - first : kExactTokens);
+    convert_block<Simd>(task.keys, first, task.key_stride, tokens, task.dim, task.dtype, keys);
+    convert_block<Simd>(task.values, first, task.value_stride, tokens, task.dim, task.dtype, values);
+    for (int i = 0; i < task.tile_count; ++i) exact_tile<Simd>(task, i, first, tokens, keys, values);
+  }
+}
+
+}  // namespace
+}  // namespace kvfold
+#endif

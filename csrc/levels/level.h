@@ -1,0 +1,102 @@
+// What one SIMD level provides. A level is one source file built with its own instruction flags; everything it shares with other
+// levels is a template in an anonymous namespace, so that no function built for one processor is linked into another's path.
+#ifndef KVFOLD_LEVEL_H
+#define KVFOLD_LEVEL_H
+
+#include <cstdint>
+
+#include "../format.h"
+
+namespace kvfold {
+
+// Queries travel in tiles of at most this many rows: 16 accumulators of high and low bytes fill the registers of every level.
+constexpr int kTileRows = 8;
+// Queries and softmax weights are 16-bit integers 256 * high + low with signed bytes, hence this largest value.
+constexpr float kGridTop = 32639.0f;
+// Rows of pages are read in address order; code lines are prefetched into the second level cache this far ahead (best of 1 to 32 KB,
+// both levels, where it was measured).
+constexpr int kPrefetchBytes = 8192;
+constexpr int kOperandBytes = kMaxDim / 4 * kTileRows * 8;
+
+// Query rows of one KV head, ready for integer dot products.
+struct QueryTile {
+  int rows;
+  bool finite[kTileRows];                             // false: the output row is NaN
+  float scale[kTileRows];                            // integer dot x token scale -> score in units of log 2
+  std::int32_t sum[kTileRows];                       // of grid
+  alignas(64) std::int16_t grid[kTileRows][kMaxDim];  // rotated query on the integer grid
+  alignas(64) float query[kTileRows][kMaxDim];        // unrotated, times softmax scale x log2 e
+  alignas(64) std::uint8_t operand[kOperandBytes];    // grid in the order the level's dot product reads
+};
+
+// Running softmax of the rows of a tile: sum of exp2(score - peak), and the same sum over values.
+struct TileState {
+  float peak[kTileRows];
+  float total[kTileRows];
+  alignas(64) float output[kTileRows][kMaxDim];
+};
+
+constexpr float kNothing = -1e30f;  // peak of no token at all
+
+// tile_count tiles for each of head_count consecutive KV heads.
+struct PagesTask {
+  const kvf_format* format;
+  const std::uint64_t* pages;
+  const QueryTile* tiles;
+  TileState* states;
+  std::int64_t count;
+  std::int64_t first_token;  // tokens counted from pages[0]: those before first_token are sinks, read exactly instead,
+  std::int64_t end_token;    // those from end_token on are not tokens of the sequence
+  int first_head;
+  int head_count;
+  int tile_count;
+};
+
+// Exact tokens: consecutive vectors in memory. Row r of tile i sees the first limits[8 i + r] of them.
+struct ExactTask {
+  const void* keys;
+  const void* values;
+  const std::int64_t* limits;
+  const QueryTile* tiles;
+  TileState* states;
+  std::int64_t key_stride, value_stride;  // elements from token to token
+  std::int64_t count;
+  int dtype;
+  int dim;
+  int tile_count;
+};
+
+struct FoldTask {
+  const kvf_format* format;
+  const void* keys;
+  const void* values;
+  std::uint8_t* row;
+  std::int64_t key_stride, value_stride;
+  int dtype;
+  int head;
+  int skipped;  // first tokens left out of the mean
+};
+
+struct Level {
+  const char* name;
+  const char* (*reason)();                                      // "" if it can run here
+  void (*prepare)(QueryTile& tile, int dim);                    // grid -> operand
+  void (*pages)(const PagesTask& task);                         // attention over pages, rotated basis
+  void (*exact)(const ExactTask& task);                         // attention over exact tokens
+  bool (*fold)(const FoldTask& task);                           // one head of one page; false: a scale is not finite
+  void (*hadamard)(float* vector, int dim);                     // unnormalised, in place
+  std::int64_t (*read)(const std::uint8_t* data, std::int64_t bytes);
+};
+
+extern const Level kScalar;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Level kAvx2, kAvxVnni, kAvx512Vnni;
+#if defined(__linux__)
+extern const Level kAmx;
+#endif
+#elif defined(__aarch64__)
+extern const Level kNeon;
+#endif
+
+}  // namespace kvfold
+#endif

@@ -1,0 +1,181 @@
+// Attention of a tile of query rows over packed pages, for every level whose dot product walks code lines.
+//
+//   score[r][t] = key_scale[t] * <L_t, x_r> * row_scale[r] + <query_r, mean of t's half page>      (units of log 2)
+//   weight[r][t] = exp2(score - block peak) * value_scale[t], rounded to the 16-bit grid
+//   output[r] += sum_t weight[r][t] * L_t                                              (rotated basis)
+//
+// Layout: ../format.h. Two pages make a block: one softmax over 256 scores. Integer products are exact; the only rounding is that of
+// queries and weights to 16 bits. Limit: 256 levels of |63| times 32639 stay below 2^31.
+#ifndef KVFOLD_PAGES_H
+#define KVFOLD_PAGES_H
+
+#include <cmath>
+#include <cstring>
+
+#include "../format.h"
+#include "level.h"
+#include "softmax.h"
+
+namespace kvfold {
+namespace {
+
+using Dot = void (*)(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+                     std::int32_t* out);
+
+template <class Simd, int Bits, int Quads>
+Dot dot_for_rows(int rows) {
+  if (rows == 1) return Simd::template dot<Bits, Quads, 1>;
+  if (rows == 2) return Simd::template dot<Bits, Quads, 2>;
+  if (rows <= 4) return Simd::template dot<Bits, Quads, 4>;
+  return Simd::template dot<Bits, Quads, 8>;
+}
+
+template <class Simd, int Bits>
+Dot dot_for_quads(int quads, int rows) {
+  if (quads == 16) return dot_for_rows<Simd, Bits, 16>(rows);
+  if (quads == 32) return dot_for_rows<Simd, Bits, 32>(rows);
+  return dot_for_rows<Simd, Bits, 64>(rows);
+}
+
+template <class Simd>
+Dot dot_for(int bits, int quads, int rows) {
+  if (bits == 4) return dot_for_quads<Simd, 4>(quads, rows);
+  if (bits == 3) return dot_for_quads<Simd, 3>(quads, rows);
+  return dot_for_quads<Simd, 2>(quads, rows);
+}
+
+// Levels repeated over 64 bytes, so that a lookup may ignore the high bits of its index.
+inline void fill_table(const kvf_side& side, int bias, std::uint8_t* table) {
+  for (int i = 0; i < 64; ++i) table[i] = static_cast<std::uint8_t>(side.levels[i & ((1 << side.bits) - 1)] + bias);
+}
+
+template <class Simd>
+void prepare_lines(QueryTile& tile, int dim) {
+  std::memset(tile.operand, 0, sizeof tile.operand);
+  for (int r = 0; r < tile.rows; ++r)
+    for (int quad = 0; quad < dim / 4; ++quad)
+      Simd::expand(tile.grid[r] + 4 * quad, tile.operand + (quad * kTileRows + r) * 8);
+}
+
+// <query, mean> of both halves of a page for rows [first, first + Rows).
+template <class Simd, int Rows>
+void mean_scores_of_rows(const std::int8_t* means, const std::uint8_t* scales, int dim, const QueryTile& tile, int first,
+                         float (*bias)[kTileRows]) {
+  for (int half = 0; half < kMeans; ++half) {
+    typename Simd::Float sums[Rows];
+    for (auto& sum : sums) sum = Simd::set(0.0f);
+    for (int j = 0; j < dim; j += Simd::kWidth) {
+      const auto mean = Simd::load_int8(means + half * dim + j);
+      for (int r = 0; r < Rows; ++r) sums[r] = Simd::fma(mean, Simd::load(tile.query[first + r] + j), sums[r]);
+    }
+    std::uint16_t scale;
+    std::memcpy(&scale, scales + 2 * half, sizeof scale);
+    for (int r = 0; r < Rows; ++r) bias[half][first + r] = Simd::reduce_add(sums[r]) * half_to_float(scale);
+  }
+}
+
+template <class Simd>
+void mean_scores(const PagesTask& task, const Layout& layout, const std::uint8_t* page, int head, const QueryTile& tile,
+                 float (*bias)[kTileRows]) {
+  if (task.format->centre == 0) {
+    std::memset(bias, 0, sizeof(float) * kMeans * kTileRows);
+    return;
+  }
+  const auto* means = reinterpret_cast<const std::int8_t*>(page + layout.means(head));
+  const std::uint8_t* scales = page + layout.mean_scales(head);
+  int first = 0;
+  for (; first + 4 <= tile.rows; first += 4)
+    mean_scores_of_rows<Simd, 4>(means, scales, task.format->head_dim, tile, first, bias);
+  for (; first < tile.rows; ++first) mean_scores_of_rows<Simd, 1>(means, scales, task.format->head_dim, tile, first, bias);
+}
+
+template <class Simd>
+struct LineSink {  // weights of one block in the order dot() reads
+  static constexpr bool kNeedsSums = Simd::kBias != 0;
+  alignas(64) std::uint8_t operand[kBlockPages][kTokenQuads * kTileRows * 8];
+  void tick() {}
+  void put(int row, int token, typename Simd::Int grid) {
+    std::uint8_t* page = operand[token / kPageTokens];
+    Simd::store_quads(grid, page + ((token % kPageTokens) / 4 * kTileRows + row) * 8);
+  }
+};
+
+template <class Simd>
+struct PagesKernel {
+  explicit PagesKernel(const PagesTask& work) : task(work), layout(*work.format) {
+    fill_table(task.format->key, Simd::kBias, key_table);
+    fill_table(task.format->value, Simd::kBias, value_table);
+    std::memset(&sink, 0, sizeof sink);
+    std::memset(block.sum, 0, sizeof block.sum);  // dot() rounds the number of rows up
+  }
+
+  const std::uint8_t* page(std::int64_t index) const { return reinterpret_cast<const std::uint8_t*>(task.pages[index]); }
+
+  void score(const std::uint8_t* now, int head, const QueryTile& tile, int offset) {
+    const kvf_side& side = task.format->key;
+    const int quads = task.format->head_dim / 4;
+    const Dot dot = dot_for<Simd>(side.bits, quads, tile.rows);
+    const std::size_t group = Layout::group_bytes(quads, side.bits);
+    const auto* scales = reinterpret_cast<const std::uint16_t*>(now + layout.key_scales(head));
+    float bias[kMeans][kTileRows];
+    mean_scores<Simd>(task, layout, now, head, tile, bias);
+    for (int g = 0; g < kTokenGroups; ++g) {
+      dot(now + layout.key_codes(head) + g * group, tile.operand, tile.sum, key_table, ints);
+      for (int l = 0; l < kLanes; l += Simd::kWidth) {
+        const auto scale = Simd::load_half(scales + g * kLanes + l);
+        for (int r = 0; r < tile.rows; ++r)
+          Simd::store(block.scores[r] + offset + g * kLanes + l,
+                      Simd::fma(Simd::load_int32(ints + r * kLanes + l), Simd::mul(scale, Simd::set(tile.scale[r])),
+                                Simd::set(bias[g * kLanes / kMeanTokens][r])));
+      }
+    }
+  }
+
+  void gather(const std::uint8_t* now, int head, TileState& state, int rows, int which) {
+    const kvf_side& side = task.format->value;
+    const Dot dot = dot_for<Simd>(side.bits, kTokenQuads, rows);
+    const std::size_t group = Layout::group_bytes(kTokenQuads, side.bits);
+    for (int g = 0; g < task.format->head_dim / kLanes; ++g) {
+      dot(now + layout.value_codes(head) + g * group, sink.operand[which], block.sum[which], value_table, ints);
+      for (int r = 0; r < rows; ++r)
+        for (int l = 0; l < kLanes; l += Simd::kWidth) {
+          float* out = state.output[r] + g * kLanes + l;
+          Simd::store(out, Simd::fma(Simd::load_int32(ints + r * kLanes + l), Simd::set(block.scale[r]), Simd::load(out)));
+        }
+    }
+  }
+
+  void attend_tile(std::int64_t first, int pages, int head, const QueryTile& tile, TileState& state) {
+    for (int p = 0; p < pages; ++p) score(page(first + p), head, tile, p * kPageTokens);
+    for (int p = 0; p < pages; ++p) load_value_scales<Simd>(block, page(first + p) + layout.value_scales(head), p);
+    mask_block(block, task, first, pages, tile.rows);
+    softmax<Simd>(block, pages, tile.rows, task.format->head_dim, state, sink);
+    for (int p = 0; p < pages; ++p) gather(page(first + p), head, state, tile.rows, p);
+  }
+
+  void run() {
+    for (std::int64_t first = 0; first < task.count; first += kBlockPages) {
+      const int pages = task.count - first < kBlockPages ? 1 : kBlockPages;
+      for (int h = 0; h < task.head_count; ++h)
+        for (int i = h * task.tile_count; i < (h + 1) * task.tile_count; ++i)
+          attend_tile(first, pages, task.first_head + h, task.tiles[i], task.states[i]);
+    }
+  }
+
+  const PagesTask& task;
+  const Layout layout;
+  alignas(64) std::uint8_t key_table[64];
+  alignas(64) std::uint8_t value_table[64];
+  alignas(64) std::int32_t ints[kTileRows * kLanes];
+  ScoreBlock block;
+  LineSink<Simd> sink;
+};
+
+template <class Simd>
+void attend_pages(const PagesTask& task) {
+  PagesKernel<Simd>(task).run();
+}
+
+}  // namespace
+}  // namespace kvfold
+#endif

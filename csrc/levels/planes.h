@@ -1,0 +1,43 @@
+// One walk over the packed codes of a group of 16 lanes, for every SIMD level.
+//
+// walk<Simd, Bits, Quads>(src, part, visit) reads the lines of a group and calls visit(quad, indices) for each of its quads, where
+// `indices` holds in every byte the code of one lane (in its low bits; higher bits are whatever the line held, the lookup ignores
+// them). `part` selects a register's width of every 64-byte line. Layout: format.h.
+#ifndef KVFOLD_PLANES_H
+#define KVFOLD_PLANES_H
+
+#include <cstdint>
+
+#include "unroll.h"
+
+namespace kvfold {
+namespace {
+
+template <class Simd, int Bits, int Quads, class Visit>
+inline void walk(const std::uint8_t* src, int part, const Visit& visit) {
+  src += part * Simd::kBytes;
+  if constexpr (Bits == 3) {
+    constexpr int kLow = Quads / 4, kHigh = Quads / 8;
+    for (int s = 0; s < kHigh; ++s) {
+      const auto high = Simd::load_codes(src + 64 * (kLow + s));
+      const auto even = Simd::load_codes(src + 64 * s), odd = Simd::load_codes(src + 64 * (s + kHigh));
+      unroll<8>([&](auto field) {
+        constexpr int f = decltype(field)::value;
+        visit(s + f * kHigh, Simd::template merge<2 * (f / 2), f>(f % 2 == 0 ? even : odd, high));
+      });
+    }
+  } else {
+    constexpr int kLines = Quads * Bits / 8;
+    for (int s = 0; s < kLines; ++s) {
+      const auto raw = Simd::load_codes(src + 64 * s);
+      unroll<8 / Bits>([&](auto field) {
+        constexpr int f = decltype(field)::value;
+        visit(s + f * kLines, Simd::template shift<f * Bits>(raw));
+      });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvfold
+#endif

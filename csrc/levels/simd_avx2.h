@@ -1,0 +1,195 @@
+// Eight lanes with AVX2, FMA and F16C. `Dot` is the integer dot product: Avx2Dot below, or 256-bit VNNI in avx_vnni.cpp.
+//
+// Levels carry a bias of 64 (see simd_avx512.h): unsigned bytes split into even and odd 16-bit integers with one operation each.
+#ifndef KVFOLD_SIMD_AVX2_H
+#define KVFOLD_SIMD_AVX2_H
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "level.h"
+#include "planes.h"
+
+namespace kvfold {
+namespace {
+
+// 16-bit multiply-add: exact for the whole 16-bit grid, four coordinates in two instructions.
+struct Avx2Dot {
+  using Sum = __m256i;
+  struct Operand { __m256i even, odd; };
+  static constexpr int kRows = 4;  // rows per pass over the codes: twice as many accumulators
+  static Sum zero() { return _mm256_setzero_si256(); }
+  static Operand split(__m256i level) {
+    return {_mm256_and_si256(level, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(level, 8)};
+  }
+  static void step(Sum& sum, Operand level, const std::uint8_t* x) {
+    const __m256i even = _mm256_madd_epi16(level.even, broadcast(x)), odd = _mm256_madd_epi16(level.odd, broadcast(x + 4));
+    sum = _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+  }
+  static __m256i value(Sum sum) { return sum; }
+  // Four integers -> [0, 2][1, 3], as int16.
+  static void expand(const std::int16_t* grid, std::uint8_t* operand) {
+    const std::int16_t order[4] = {grid[0], grid[2], grid[1], grid[3]};
+    std::memcpy(operand, order, sizeof order);
+  }
+  static __m256i quads(__m256i grid) {
+    return _mm256_shuffle_epi8(grid, _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1, 8, 9, 4, 5,
+                                                      12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
+  }
+  static __m256i broadcast(const std::uint8_t* p) {
+    std::int32_t word;
+    std::memcpy(&word, p, sizeof word);
+    return _mm256_set1_epi32(word);
+  }
+};
+
+template <class Dot>
+struct SimdAvx2 {
+  static constexpr int kWidth = 8;
+  static constexpr int kBytes = 32;
+  static constexpr int kBias = 64;
+  using Float = __m256;
+  using Int = __m256i;
+  using Codes = __m256i;
+
+  static Float load(const float* p) { return _mm256_loadu_ps(p); }
+  static Float load_half(const std::uint16_t* p) { return _mm256_cvtph_ps(load_128(p)); }
+  static Float load_bfloat16(const std::uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16));
+  }
+  static Float load_int8(const std::int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Float load_int32(const std::int32_t* p) { return _mm256_cvtepi32_ps(load_256(p)); }
+  static void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
+  static Float set(float x) { return _mm256_set1_ps(x); }
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+  // 2^x = 2^n * p(x - n), n nearest; below -126 the result stays at 2^-126. p has degree 5 and relative error 2e-7.
+  static Float exp2(Float a) {
+    a = _mm256_max_ps(a, _mm256_set1_ps(-126.0f));
+    const Float whole = _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), fraction = _mm256_sub_ps(a, whole);
+    Float p = _mm256_set1_ps(1.3333558e-3f);
+    p = _mm256_fmadd_ps(p, fraction, _mm256_set1_ps(9.6181291e-3f));
+    p = _mm256_fmadd_ps(p, fraction, _mm256_set1_ps(5.5504109e-2f));
+    p = _mm256_fmadd_ps(p, fraction, _mm256_set1_ps(2.4022651e-1f));
+    p = _mm256_fmadd_ps(p, fraction, _mm256_set1_ps(6.9314718e-1f));
+    p = _mm256_fmadd_ps(p, fraction, _mm256_set1_ps(1.0f));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23)));
+  }
+  static float reduce_max(Float a) {
+    a = _mm256_max_ps(a, swap<4>(a));
+    a = _mm256_max_ps(a, swap<2>(a));
+    return _mm256_cvtss_f32(_mm256_max_ps(a, swap<1>(a)));
+  }
+  static float reduce_add(Float a) {  // the halving tree
+    a = _mm256_add_ps(a, swap<4>(a));
+    a = _mm256_add_ps(a, swap<2>(a));
+    return _mm256_cvtss_f32(_mm256_add_ps(a, swap<1>(a)));
+  }
+
+  static Int round(Float a) { return _mm256_cvtps_epi32(a); }
+  static Int zero_int() { return _mm256_setzero_si256(); }
+  static Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Int load_ints(const std::uint8_t* p) { return load_256(p); }
+  static std::int32_t reduce_add_int(Int a) {
+    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i pair = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xB1)));
+  }
+
+  template <int Half>
+  static Float swap(Float a) {
+    if constexpr (Half == 1) return _mm256_permute_ps(a, 0xB1);
+    if constexpr (Half == 2) return _mm256_permute_ps(a, 0x4E);
+    return _mm256_permute2f128_ps(a, a, 1);
+  }
+  template <int Half>
+  static Float butterfly(Float a) {
+    constexpr int kUpper = Half == 1 ? 0xAA : Half == 2 ? 0xCC : 0xF0;
+    const Float other = swap<Half>(a);
+    return _mm256_blend_ps(_mm256_add_ps(a, other), _mm256_sub_ps(other, a), kUpper);
+  }
+  template <int Bits>
+  static Int search(Float a, const float* thresholds) {
+    Int code = _mm256_setzero_si256();
+    for (int t = 0; t < (1 << Bits) - 1; ++t)  // a true comparison is -1
+      code = _mm256_sub_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(a, _mm256_set1_ps(thresholds[t]), _CMP_GT_OQ)));
+    return code;
+  }
+  static Float lookup_level(Int code, const std::int8_t* levels) {
+    const __m256i table = _mm256_broadcastsi128_si256(load_128(levels));
+    const __m256i bytes = _mm256_shuffle_epi8(table, code);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bytes, 24), 24));
+  }
+  static void store_codes(std::uint8_t* p, Int code) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_codes(const std::uint8_t* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, _MM_HINT_T1);
+  }
+  static Codes load_codes(const std::uint8_t* p) { return load_256(p); }
+  template <int Shift>
+  static Codes shift(Codes a) {
+    if constexpr (Shift == 0) return a;
+    return _mm256_srli_epi16(a, Shift);
+  }
+  template <int LowShift, int HighBit>
+  static Codes merge(Codes low, Codes high) {
+    if constexpr (HighBit > 2) high = _mm256_srli_epi16(high, HighBit - 2);
+    if constexpr (HighBit < 2) high = _mm256_slli_epi16(high, 2 - HighBit);
+    return _mm256_or_si256(_mm256_and_si256(shift<LowShift>(low), _mm256_set1_epi8(3)),
+                           _mm256_and_si256(high, _mm256_set1_epi8(4)));
+  }
+  static Codes lookup(Codes index, Codes table) {
+    return _mm256_shuffle_epi8(table, _mm256_and_si256(index, _mm256_set1_epi8(15)));
+  }
+
+  static void expand(const std::int16_t* grid, std::uint8_t* operand) { Dot::expand(grid, operand); }
+  static void store_quads(Int grid, std::uint8_t* operand) {
+    const __m256i packed = Dot::quads(grid);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(operand), _mm256_castsi256_si128(packed));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(operand + kTileRows * 8), _mm256_extracti128_si256(packed, 1));
+  }
+
+  template <int Bits, int Quads, int Rows>
+  static void dot(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+                  std::int32_t* out) {
+    constexpr int kRows = Rows < Dot::kRows ? Rows : Dot::kRows;
+    for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
+    for (int first = 0; first < Rows; first += kRows)
+      for (int half = 0; half < 2; ++half)
+        half_line<Bits, Quads, kRows>(src, half, operand + 8 * first, sum + first, table, out + first * kLanes + 8 * half);
+  }
+
+ private:
+  template <int Bits, int Quads, int Rows>
+  static void half_line(const std::uint8_t* src, int half, const std::uint8_t* operand, const std::int32_t* sum,
+                        const std::uint8_t* table, std::int32_t* out) {
+    const Codes levels = load_256(table);
+    typename Dot::Sum sums[Rows];
+    for (int r = 0; r < Rows; ++r) sums[r] = Dot::zero();
+    walk<SimdAvx2, Bits, Quads>(src, half, [&](int quad, Codes codes) {
+      const auto level = Dot::split(lookup(codes, levels));
+      const std::uint8_t* x = operand + quad * kTileRows * 8;
+      for (int r = 0; r < Rows; ++r) Dot::step(sums[r], level, x + 8 * r);
+    });
+    for (int r = 0; r < Rows; ++r)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * kLanes),
+                         _mm256_sub_epi32(Dot::value(sums[r]), _mm256_set1_epi32(kBias * sum[r])));
+  }
+  static __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+};
+
+}  // namespace
+}  // namespace kvfold
+#endif

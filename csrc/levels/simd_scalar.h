@@ -1,0 +1,132 @@
+// Four lanes in portable C++: the meaning of every operation the other levels spell with instructions.
+#ifndef KVFOLD_SIMD_SCALAR_H
+#define KVFOLD_SIMD_SCALAR_H
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../half.h"
+#include "level.h"
+#include "planes.h"
+
+namespace kvfold {
+namespace {
+
+struct SimdScalar {
+  static constexpr int kWidth = 4;
+  static constexpr int kBytes = 16;
+  static constexpr int kBias = 0;  // added to levels by the lookup table
+  struct Float { float v[4]; };
+  struct Int { std::int32_t v[4]; };
+  struct Codes { std::uint8_t v[16]; };
+
+  template <class Body>
+  static Float each(const Body& body) {
+    Float out;
+    for (int i = 0; i < 4; ++i) out.v[i] = body(i);
+    return out;
+  }
+
+  static Float load(const float* p) { return each([&](int i) { return p[i]; }); }
+  static Float load_half(const std::uint16_t* p) { return each([&](int i) { return half_to_float(p[i]); }); }
+  static Float load_bfloat16(const std::uint16_t* p) { return each([&](int i) { return bfloat16_to_float(p[i]); }); }
+  static Float load_int8(const std::int8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
+  static Float load_int32(const std::int32_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
+  static void store(float* p, Float a) { std::memcpy(p, a.v, sizeof a.v); }
+  static Float set(float x) { return each([&](int) { return x; }); }
+  static Float add(Float a, Float b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
+  static Float sub(Float a, Float b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
+  static Float mul(Float a, Float b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
+  static Float fma(Float a, Float b, Float c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+  static Float max(Float a, Float b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+  static Float exp2(Float a) { return each([&](int i) { return std::exp2(a.v[i]); }); }
+  static float reduce_max(Float a) {
+    const Float b = max(a, {{a.v[2], a.v[3], a.v[0], a.v[1]}});
+    return b.v[0] > b.v[1] ? b.v[0] : b.v[1];
+  }
+  static float reduce_add(Float a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }  // the halving tree
+
+  static Int round(Float a) {
+    Int out;
+    for (int i = 0; i < 4; ++i) out.v[i] = static_cast<std::int32_t>(std::nearbyint(a.v[i]));
+    return out;
+  }
+  static Int zero_int() { return {{0, 0, 0, 0}}; }
+  static Int add_int(Int a, Int b) {
+    for (int i = 0; i < 4; ++i)  // modulo 2^32, like the instructions
+      a.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) + static_cast<std::uint32_t>(b.v[i]));
+    return a;
+  }
+  static Int load_ints(const std::uint8_t* p) {
+    Int out;
+    std::memcpy(out.v, p, sizeof out.v);
+    return out;
+  }
+  static std::int32_t reduce_add_int(Int a) { return a.v[0] + a.v[1] + a.v[2] + a.v[3]; }
+
+  // One stage of the Hadamard transform inside a register.
+  template <int Half>
+  static Float butterfly(Float a) {
+    return each([&](int i) { return (i & Half) != 0 ? a.v[i - Half] - a.v[i] : a.v[i] + a.v[i + Half]; });
+  }
+  // How many of the 2^Bits - 1 thresholds lie strictly below each lane.
+  template <int Bits>
+  static Int search(Float a, const float* thresholds) {
+    Int code = zero_int();
+    for (int t = 0; t < (1 << Bits) - 1; ++t)
+      for (int i = 0; i < 4; ++i) code.v[i] += a.v[i] > thresholds[t] ? 1 : 0;
+    return code;
+  }
+  static Float lookup_level(Int code, const std::int8_t* levels) {
+    return each([&](int i) { return static_cast<float>(levels[code.v[i]]); });
+  }
+  static void store_codes(std::uint8_t* p, Int code) {
+    for (int i = 0; i < 4; ++i) p[i] = static_cast<std::uint8_t>(code.v[i]);
+  }
+
+  static void prefetch(const void*) {}
+  static Codes load_codes(const std::uint8_t* p) {
+    Codes out;
+    std::memcpy(out.v, p, sizeof out.v);
+    return out;
+  }
+  template <int Shift>
+  static Codes shift(Codes a) {
+    for (auto& byte : a.v) byte = static_cast<std::uint8_t>(byte >> Shift);
+    return a;
+  }
+  template <int LowShift, int HighBit>
+  static Codes merge(Codes low, Codes high) {
+    for (int i = 0; i < 16; ++i)
+      low.v[i] = static_cast<std::uint8_t>(((low.v[i] >> LowShift) & 3) | (((high.v[i] >> HighBit) & 1) << 2));
+    return low;
+  }
+
+  // Four 16-bit integers of a row go to 8 bytes of the operand.
+  static void expand(const std::int16_t* grid, std::uint8_t* operand) { std::memcpy(operand, grid, 8); }
+  static void store_quads(Int grid, std::uint8_t* operand) {
+    std::int16_t narrow[4];
+    for (int i = 0; i < 4; ++i) narrow[i] = static_cast<std::int16_t>(grid.v[i]);
+    expand(narrow, operand);
+  }
+
+  template <int Bits, int Quads, int Rows>
+  static void dot(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t*, const std::uint8_t* table,
+                  std::int32_t* out) {
+    std::memset(out, 0, sizeof(std::int32_t) * Rows * kLanes);
+    for (int part = 0; part < 4; ++part)
+      walk<SimdScalar, Bits, Quads>(src, part, [&](int quad, Codes codes) {
+        for (int r = 0; r < Rows; ++r) {
+          std::int16_t x[4];
+          std::memcpy(x, operand + (quad * kTileRows + r) * 8, 8);
+          for (int i = 0; i < 16; ++i)
+            out[r * kLanes + 4 * part + i / 4] += static_cast<std::int8_t>(table[codes.v[i] & 15]) * x[i % 4];
+        }
+      });
+  }
+};
+
+}  // namespace
+}  // namespace kvfold
+#endif

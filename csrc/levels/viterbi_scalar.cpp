@@ -1,0 +1,58 @@
+// Trellis encoding in plain C++: eight lanes that a compiler may put into whatever registers there are.
+#include "viterbi.h"
+
+namespace kvfold {
+namespace {
+
+struct Lanes {
+  static constexpr int kLanes = 8;
+  struct Reg {
+    std::uint16_t v[kLanes];
+  };
+  template <class F>
+  static Reg each(F f) {
+    Reg out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = static_cast<std::uint16_t>(f(i));
+    return out;
+  }
+  static Reg load(const std::uint16_t* p) {
+    return each([=](int i) { return p[i]; });
+  }
+  static void store(std::uint16_t* p, const Reg& a) {
+    for (int i = 0; i < kLanes; ++i) p[i] = a.v[i];
+  }
+  static void store_bytes(std::uint8_t* p, const Reg& a) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::uint8_t>(a.v[i]);
+  }
+  static Reg set(std::uint16_t x) {
+    return each([=](int) { return x; });
+  }
+  static Reg add(const Reg& a, const Reg& b) {  // saturating
+    return each([&](int i) { return a.v[i] + b.v[i] > 65535 ? 65535 : a.v[i] + b.v[i]; });
+  }
+  static Reg subtract(const Reg& a, const Reg& b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static Reg min(const Reg& a, const Reg& b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static Reg distance(const Reg& a, const Reg& b) {  // of signed numbers
+    return each([&](int i) {
+      const int d = static_cast<std::int16_t>(a.v[i]) - static_cast<std::int16_t>(b.v[i]);
+      return d < 0 ? -d : d;
+    });
+  }
+  static Reg multiply(const Reg& a, const Reg& b) {
+    return each([&](int i) { return static_cast<unsigned>(a.v[i]) * b.v[i]; });
+  }
+  static Reg shift(const Reg& a, int n) {
+    return each([&](int i) { return a.v[i] >> n; });
+  }
+  static Reg where_less(const Reg& a, const Reg& b, const Reg& yes, const Reg& no) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
+  }
+};
+
+}  // namespace
+const Viterbi kViterbiScalar = {Lanes::kLanes, viterbi<Lanes>};
+}  // namespace kvfold

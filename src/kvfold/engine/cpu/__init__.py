@@ -1,0 +1,1 @@
+"""Pages in and out on CPUs: ctypes over the C++ library of csrc/."""
