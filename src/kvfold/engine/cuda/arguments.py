@@ -1,0 +1,94 @@
+"""What the CUDA kernels are given: argument structures as the sources declare them, and their compile-time sizes."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from kvfold.codebook import table
+from kvfold.config import SideSpec
+from kvfold.engine.cuda.fragments import SCALE_BYTES, bits_of
+
+ZERO = 64  # kernels/formats.cuh: what is added to a level to make it a byte
+# Per multiprocessor; 40 kB would hide the latency at 4.3 TB/s. From 2 slots of 3 kB per warp on nothing is gained.
+IN_FLIGHT_BYTES = 112 << 10
+# Column groups of 4 queries that one block walks at once, and warps that leave enough registers for them.
+WARPS = {(64, 1): 16, (128, 1): 16, (256, 1): 8, (64, 2): 8, (128, 2): 8, (256, 2): 8, (64, 4): 8, (128, 4): 8}
+
+
+class Levels(ctypes.Structure):
+    _fields_ = (("byte", ctypes.c_uint8 * 16),)
+
+
+class DecodeArgs(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("q", "k", "v", "out", "seq", "sign_k", "sign_v", "partial", "count")),
+        *((f"{x}_{a}", ctypes.c_longlong) for x in "qkvo" for a in "bhi"),
+        *((n, ctypes.c_int) for n in ("B", "H", "G", "Q", "sinks", "tiles")),
+        ("scale", ctypes.c_float),
+        ("key", Levels),
+        ("value", Levels),
+    )
+
+
+class Book(ctypes.Structure):
+    _fields_ = (("threshold", ctypes.c_float * 15), ("level", ctypes.c_float * 16), ("step", ctypes.c_float))
+
+
+class UnfoldArgs(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("page", "k", "v", "sign_k")),
+        ("head", ctypes.c_longlong),
+        ("key", Levels),
+        ("value", Levels),
+    )
+
+
+class FoldArgs(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("k", "v", "page", "sign_k", "sign_v", "nonfinite")),
+        *((f"{x}_{a}", ctypes.c_longlong) for x in "kv" for a in "pht"),
+        *((n, ctypes.c_int) for n in ("first_sinks", "rule_k", "rule_v", "search_k", "search_v")),
+        ("inv_sqrt_d", ctypes.c_float),
+        ("key", Book),
+        ("value", Book),
+    )
+
+
+def levels_of(spec: SideSpec, dim: int) -> Levels:
+    """Level + ZERO of every code, repeated to 16 bytes."""
+    book = table(spec.codec, int(spec.bits), dim)
+    byte = np.resize((book.levels + ZERO).astype(np.uint8), 16)
+    return Levels((ctypes.c_uint8 * 16)(*byte.tolist()))
+
+
+def book_of(spec: SideSpec, dim: int) -> Book:
+    book, out = table(spec.codec, int(spec.bits), dim), Book()
+    out.threshold[: len(book.thresholds)] = book.thresholds.tolist()
+    out.level[: len(book.levels)] = [float(x) for x in book.levels]
+    out.step = float(book.step)
+    return out
+
+
+def shared_limit(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory one block may have; kernels/ring.cuh holds the same table."""
+    if capability in ((8, 0), (8, 7)):
+        return 166912
+    return 232448 if (9, 0) <= capability < (12, 0) else 101376
+
+
+def plan_rings(dim: int, formats: tuple[int, int], mean: bool, groups: int, limit: int) -> tuple[int, int]:
+    """(warps, slots per warp): what hides the memory's latency; deeper rings only lengthen every other load's wait.
+
+    Leaves room for merging two warps' results at a time; takes fewer warps where two slots each do not fit.
+    """
+    key, value = (8 * dim * bits_of(f) + SCALE_BYTES for f in formats)
+    slot = max(key + (-(-dim // 128) * 128 if mean else 0), value)
+    columns, warps = 4 * groups, WARPS[dim, groups]
+    while True:
+        fixed = columns * dim * 2 * (1 + mean) + columns * 16 + (warps + 1) * columns * 8 + 1500
+        fits = (limit - fixed - columns * (dim + 4) * 4 * 2) // (warps * (slot + 8))
+        if fits >= 2 or warps == 8:
+            return warps, max(1, min(fits, max(2, IN_FLIGHT_BYTES // (warps * slot))))
+        warps //= 2

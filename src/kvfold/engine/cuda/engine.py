@@ -1,0 +1,379 @@
+"""Fold, attend and unfold with the CUDA kernels. Pages lie in fragment order; see fragments.py for the bijection."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvfold.codec.canonical import inverse_sqrt
+from kvfold.config import PAGE_TOKENS, SCALES, CacheSpec
+from kvfold.engine.cuda import driver
+from kvfold.engine.cuda.arguments import (
+    DecodeArgs,
+    FoldArgs,
+    UnfoldArgs,
+    book_of,
+    levels_of,
+    plan_rings,
+    shared_limit,
+)
+from kvfold.engine.cuda.fragments import Fragments, format_of
+from kvfold.engine.cuda.prefill import MIN_COLUMNS, TILE_TOKENS, Merge, attention_part
+from kvfold.engine.on_torch import TorchEngine
+from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
+from kvfold.errors import NoImplementation, NonFiniteInput
+from kvfold.rotation.reference import signs, stream
+
+HEAD_DIMS = (64, 128, 256)
+CODECS = {"mse": (2, 3, 4), "uniform": (2,)}
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+MAX_BATCH = 128  # kernels/ring.cuh
+TABLES_KEPT = 2 * MAX_BATCH  # page tables of one layer kept on the device
+SEQUENCE_WORDS = 9  # 64-bit words of struct Sequence
+COPY_MIN_CAPABILITY = (9, 0)  # bulk copies; below it cp.async
+MIN_CAPABILITY = (8, 0)
+
+
+def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Every reason against this engine for a layer; empty if it can run it."""
+    reasons = []
+    if device.type != "cuda":
+        reasons.append(f"device is {device.type}, not cuda")
+    elif torch.version.cuda is None:
+        reasons.append("this torch is built for another GPU maker")
+    elif not torch.cuda.is_available():
+        reasons.append("torch sees no GPU")
+    elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        reasons.append("the GPU is older than sm_80")
+    elif (missing := driver.missing()) != "":
+        reasons.append(missing)
+    if shape.head_dim not in HEAD_DIMS:
+        reasons.append(f"head_dim {shape.head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}")
+    if dtype not in DTYPES:
+        reasons.append(f"dtype {dtype} is not bfloat16 or float16")
+    for side, s in (("key", spec.key), ("value", spec.value)):
+        if s.bits not in CODECS.get(s.codec, ()):
+            reasons.append(f"no kernel for {side} codec {s.codec!r} at {s.bits:g} bits")
+        elif s.rotation != "hadamard":
+            reasons.append(f"{side} rotation is {s.rotation!r}, kernels have 'hadamard' only")
+    return reasons
+
+
+class CudaEngine:
+    """One layer's pages on a GPU. Kernel variants are compiled on first use and kept per process."""
+
+    name = "cuda"
+
+    def __init__(
+        self, spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torch.device, bulk: bool | None = None
+    ) -> None:
+        """bulk: None = bulk copies where the chip has them; False forces cp.async (for tests and measurements)."""
+        if reasons := why_not(spec, shape, dtype, device):
+            raise NoImplementation.of("attention on folded pages", [("cuda", reasons)])
+        self.spec, self.shape, self.dtype, self.device = spec, shape, dtype, device
+        self.capability = torch.cuda.get_device_capability(device)
+        has_bulk = self.capability >= COPY_MIN_CAPABILITY
+        self.bulk = has_bulk if bulk is None else bulk and has_bulk
+        self.reference = TorchEngine(spec, shape, dtype, device)
+        dim = shape.head_dim
+        self.formats = (
+            format_of(spec.key.codec, int(spec.key.bits)),
+            format_of(spec.value.codec, int(spec.value.bits)),
+        )
+        self.fragments = Fragments(self.reference.layout, *self.formats)
+        self.page_bytes = self.fragments.page_bytes
+        self.signs = torch.stack(
+            [
+                torch.stack(
+                    [
+                        torch.from_numpy(signs(dim, stream(spec.seed, shape.layer, h, side)))
+                        for h in range(shape.kv_heads)
+                    ]
+                )
+                for side in (0, 1)
+            ]
+        ).to(device)
+        self._levels = [levels_of(s, dim) for s in (spec.key, spec.value)]
+        self._books = [book_of(s, dim) for s in (spec.key, spec.value)]
+        self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        # Into and out of the rotated basis by one product each: for thousands of queries cheaper than butterflies in torch.
+        eye = torch.eye(dim, device=device).expand(shape.kv_heads, dim, dim)
+        self._turns = (self.reference.key.project(eye, None), self.reference.value.lift(eye, None))
+        self._tables: dict[tuple[tuple[int, int], ...], Tensor] = {}
+        self._nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
+
+    # ---- what the cache asks of every engine
+    def freeze(self, keys: Tensor, values: Tensor) -> tuple[None, None]:
+        return None, None
+
+    def fold(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        first: bool,
+        out: list[Tensor],
+        state: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:
+        """Encode whole pages. keys, values [P, H, 128, D]; out: P rows of page_bytes; first: page 0 is among them (at 0).
+
+        Raises NonFiniteInput if a vector holds NaN or infinity or its scale exceeds float16; `out` is then unspecified.
+        """
+        addresses = torch.tensor([row.data_ptr() for row in out], dtype=torch.int64).to(self.device)
+        self.fold_to(keys, values, first, addresses)
+        if int(self._nonfinite):
+            self._nonfinite.zero_()
+            raise NonFiniteInput(
+                f"layer {self.shape.layer}: a key or value vector holds NaN or infinity, or is too long for a float16 scale",
+                "Check the model's activations, or use profile 'lossless'",
+            )
+
+    def fold_to(self, keys: Tensor, values: Tensor, first: bool, addresses: Tensor) -> None:
+        """fold without looking at the result: addresses int64 [P] on the device. Safe in a CUDA graph."""
+        dim = self.shape.head_dim
+        k, v = (_aligned(x.to(self.dtype)) for x in (keys, values))
+        kernel = _kernel(
+            "fold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), _arch(self.capability), 1
+        )
+        rules = [SCALES.index(s.scale) for s in (self.spec.key, self.spec.value)]
+        a = FoldArgs(
+            k.data_ptr(),
+            v.data_ptr(),
+            addresses.data_ptr(),
+            self.signs[0].data_ptr(),
+            self.signs[1].data_ptr(),
+            self._nonfinite.data_ptr(),
+            *k.stride()[:3],
+            *v.stride()[:3],
+            self.spec.sinks if first else 0,
+            *rules,
+            self.spec.key.search,
+            self.spec.value.search,
+            float(inverse_sqrt(dim)),
+            *self._books,
+        )
+        kernel.launch((len(k), self.shape.kv_heads, 2), 256, torch.cuda.current_stream(self.device).cuda_stream, a)
+
+    def refill(self, row: Tensor, keys: Tensor, values: Tensor, state: tuple[Tensor | None, Tensor | None]) -> None:
+        """Rare (a trim into pages, then an append): through the canonical order."""
+        canonical = self.to_canonical(row)
+        self.reference.refill(canonical, keys, values, state)
+        row.copy_(self.from_canonical(canonical))
+
+    def unfold(self, rows: Tensor, state: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
+        return self.reference.unfold(self.fragments.to_canonical(rows), state)
+
+    def to_canonical(self, row: Tensor) -> Tensor:
+        return self.fragments.to_canonical(row[None])[0]
+
+    def from_canonical(self, row: Tensor) -> Tensor:
+        return self.fragments.from_canonical(row[None])[0]
+
+    def attend(self, request: AttendRequest) -> Tensor:
+        """Softmax attention over pages, sinks, recent and new tokens: [B, H * G, Q, D] in the dtype of q."""
+        out = torch.empty_like(request.q, memory_format=torch.contiguous_format)
+        if request.q.shape[2] * (request.q.shape[1] // self.shape.kv_heads) >= MIN_COLUMNS:
+            for b, view in enumerate(request.rows):
+                self._prefill(request.q[b], request.k[b], request.v[b], request.scale, view, out[b])
+            return out
+        for b in range(0, len(request.rows), MAX_BATCH):
+            rows = request.rows[b : b + MAX_BATCH]
+            at = slice(b, b + len(rows))
+            words, keep = [], []
+            for r in rows:
+                recent_k, recent_v = (_aligned(x) for x in (r.recent_k, r.recent_v))
+                sinks = [x.contiguous() for x in (r.sinks_k, r.sinks_v)]
+                pages = self._addresses(r.runs)
+                keep += [recent_k, recent_v, *sinks, pages]
+                words.append(
+                    sequence_words(
+                        recent_k,
+                        recent_v,
+                        sinks[0],
+                        sinks[1],
+                        pages,
+                        r.folded + recent_k.shape[1],
+                        r.folded,
+                        r.pads,
+                        0,
+                        max(1, recent_k.shape[1]),
+                    )
+                )
+            table_ = torch.from_numpy(np.stack(words)).to(self.device)
+            self.attend_rows(request.q[at], request.k[at], request.v[at], request.scale, table_, out[at])
+        return out
+
+    def unfold_tile(self, addresses: Tensor, k: Tensor, v: Tensor) -> None:
+        """Pages at `addresses` int64 [P] -> k, v [H, P * 128, D] in the rotated basis, keys with their rotated mean."""
+        dim = self.shape.head_dim
+        kernel = _kernel(
+            "unfold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), _arch(self.capability), 1
+        )
+        a = UnfoldArgs(
+            addresses.data_ptr(), k.data_ptr(), v.data_ptr(), self.signs[0].data_ptr(), k.stride(0), *self._levels
+        )
+        kernel.launch(
+            (len(addresses), self.shape.kv_heads, 4), 128, torch.cuda.current_stream(self.device).cuda_stream, a
+        )
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, view: SequenceView, out: Tensor) -> None:
+        """One row: q [H * G, Q, D], k, v [H, Q, D], out like q."""
+        out[:, : view.pads] = 0
+        q, k, v = (x[:, view.pads :] for x in (q, k, v))
+        heads, dim, new = self.shape.kv_heads, self.shape.head_dim, q.shape[1]
+        if new == 0:
+            return
+        groups = q.shape[0] // heads
+        rows = q.unflatten(0, (heads, groups)).flatten(1, 2)  # [H, G * Q, D]
+        rotated, exact = Merge(), Merge()
+        if view.folded:
+            turned = (rows.float() @ self._turns[0]).to(self.dtype)
+            pages, step = self._addresses(view.runs), TILE_TOKENS // PAGE_TOKENS
+            tile = torch.empty(2, heads, min(step, len(pages)) * PAGE_TOKENS, dim, dtype=self.dtype, device=self.device)
+            for p in range(0, len(pages), step):
+                some = pages[p : p + step]
+                self.unfold_tile(some, tile[0], tile[1])
+                at = slice(
+                    self.spec.sinks if p == 0 else 0, min(len(some) * PAGE_TOKENS, view.folded - p * PAGE_TOKENS)
+                )
+                if at.start < at.stop:
+                    rotated.add(*attention_part(turned, tile[0, :, at], tile[1, :, at], False, scale))
+        sinks = self.spec.sinks if view.folded else 0
+        past_k, past_v = (
+            torch.cat([a[:, :sinks], b], dim=1)
+            for a, b in ((view.sinks_k, view.recent_k), (view.sinks_v, view.recent_v))
+        )
+        if past_k.shape[1]:
+            exact.add(*attention_part(rows, past_k, past_v, False, scale))
+        fresh_k, fresh_v = (x.repeat_interleave(groups, 0) for x in (k, v))
+        o, lse = attention_part(q, fresh_k, fresh_v, True, scale)
+        exact.add(o.unflatten(0, (heads, groups)).flatten(1, 2), lse.unflatten(0, (heads, groups)).flatten(1, 2))
+        if rotated.out is not None:
+            exact.add(rotated.out @ self._turns[1], rotated.lse)
+        out[:, view.pads :] = exact.out.unflatten(1, (groups, new)).flatten(0, 1).to(out.dtype)  # type: ignore[union-attr]
+
+    def _addresses(self, runs: list[Tensor]) -> Tensor:
+        """int64 device tensor: the address of every page. Kept while the pages stay the same, i.e. until the next fold."""
+        key = tuple((r.data_ptr(), len(r)) for r in runs)
+        if key not in self._tables:
+            while len(self._tables) >= TABLES_KEPT:
+                del self._tables[next(iter(self._tables))]
+            parts = [np.arange(n, dtype=np.int64) * self.page_bytes + at for at, n in key]
+            self._tables[key] = torch.from_numpy(np.concatenate(parts) if parts else np.zeros(1, np.int64)).to(
+                self.device
+            )
+        return self._tables[key]
+
+    def variant(self, columns: int, mode: int = 0) -> tuple[int, ...]:
+        """Compile-time constants of the decode kernel for rows of `columns` queries (see kernels/decode.cu)."""
+        dim = self.shape.head_dim
+        groups = 1 if columns <= 4 else 2 if columns <= 8 or dim == 256 else 4
+        warps, slots = plan_rings(dim, self.formats, self.spec.centre, groups, shared_limit(self.capability))
+        return (
+            dim,
+            *self.formats,
+            int(self.spec.centre),
+            groups,
+            warps,
+            slots,
+            int(self.bulk),
+            DTYPES[self.dtype],
+            mode,
+        )
+
+    def attend_rows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        sequences: Tensor,
+        out: Tensor,
+        variant: tuple[int, ...] | None = None,
+        dependent: bool = False,
+    ) -> None:
+        """attend without building tables: sequences int64 [B, SEQUENCE_WORDS] on the device. Safe in a CUDA graph."""
+        b, heads, new, _ = q.shape
+        h = self.shape.kv_heads
+        q, k, v = (_aligned(x) for x in (q, k, v))
+        variant = variant or self.variant(heads // h * new)
+        kernel = _kernel("decode.cu", variant, _arch(self.capability), 4)
+        _, partial, columns, threads = kernel.info
+        tiles = -(-(heads // h) * new // columns)
+        work, count = _workspace(self.device.index or 0, 2 * self._blocks * partial, b * h * tiles)
+        a = DecodeArgs(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            sequences.data_ptr(),
+            self.signs[0].data_ptr(),
+            self.signs[1].data_ptr(),
+            work.data_ptr(),
+            count.data_ptr(),
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            b,
+            h,
+            heads // h,
+            new,
+            self.spec.sinks,
+            tiles,
+            scale,
+            *self._levels,
+        )
+        stream_ = torch.cuda.current_stream(self.device).cuda_stream
+        kernel.launch((self._blocks, 1, 1), threads, stream_, a, dependent and self.capability >= COPY_MIN_CAPABILITY)
+
+
+def sequence_words(
+    recent_k: Tensor,
+    recent_v: Tensor,
+    sinks_k: Tensor,
+    sinks_v: Tensor,
+    pages: Tensor,
+    length: int,
+    folded: int,
+    pads: int,
+    first: int,
+    ring: int,
+) -> NDArray[np.int64]:
+    """struct Sequence of kernels/ring.cuh as int64 words. recent [H, n, D], token folded + e in slot (first + e) % ring."""
+    ints = np.array([length, folded, pads, first, ring, 0], np.int32).view(np.int64)
+    pointers = [x.data_ptr() for x in (recent_k, recent_v, sinks_k, sinks_v, pages)]
+    return np.concatenate([np.array(pointers, np.int64), ints, np.array([recent_k.stride(0)], np.int64)])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Rows of D contiguous numbers on 16-byte boundaries."""
+    step = 16 // x.element_size()
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % step == 0 for s in x.stride()[:-1])
+    return x if fits else x.contiguous()
+
+
+def _arch(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}{capability[1]}"
+
+
+@functools.cache
+def _kernel(name: str, variant: tuple[int, ...], arch: str, info: int) -> driver.Kernel:
+    return driver.Kernel(name, variant, arch, info)
+
+
+_WORK: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+def _workspace(device: int, floats: int, counters: int) -> tuple[Tensor, Tensor]:
+    """Partial results and counters of one device, grown on demand and shared by all layers (they run one after another)."""
+    work, count = _WORK.get(device, (None, None))
+    if work is None or len(work) < floats or len(count) < counters:  # type: ignore[arg-type]
+        on = torch.device("cuda", device)
+        work = torch.empty(max(floats, 0 if work is None else len(work)), dtype=torch.float32, device=on)
+        count = torch.zeros(max(counters, 4096), dtype=torch.int32, device=on)
+        _WORK[device] = (work, count)
+    return work, count  # type: ignore[return-value]

@@ -1,0 +1,208 @@
+"""Canonical bytes of a page to the order the CUDA kernels read, and back.
+
+Fragment order of one KV head: two halves of 64 tokens, each [mean int8 x D, permuted | pad to 128][K][V]; a side is its
+codes in the order of mma.m16n8k32 A fragments (see kernels/formats.cuh), then 64 float16 scales, token 8 i + g at
+[g][i]. Scales are not negative: the signs of K scales [g][t], g < 4, t < 4, hold bit 4 g + t of the mean's float16
+scale, so that every copy is whole 128-byte lines.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from kvfold.packing.layout import Field, PageLayout
+from kvfold.packing.on_torch import PageCodec
+
+HALF_TOKENS = 64
+LANES = 32
+GROUP = 32  # codes a lane holds in two A fragments
+SCALE_BYTES = 128
+
+
+def format_of(codec: str, bits: int) -> int:
+    """The kernels' number of a codec: its bits, or 1 for uniform."""
+    return 1 if codec == "uniform" else bits
+
+
+def bits_of(fmt: int) -> int:
+    return 2 if fmt == 1 else fmt
+
+
+@functools.cache
+def index(dim: int, fmt: int, value: bool) -> Tensor:
+    """int64 [D/16 * 32 * 32]: place token * D + dim, inside a half, of code v of lane l of group n (n-major)."""
+    n = torch.arange(dim // 16).view(-1, 1, 1)
+    lane = torch.arange(LANES).view(1, -1, 1)
+    v = torch.arange(GROUP).view(1, 1, -1)
+    g, t = lane // 4, lane % 4
+    if fmt == 1:
+        word = n * 2 + v // 16
+        byte, field, step, r = v % 16 // 4, v % 4, word // 4, word % 4
+        row, col = g + 8 * (r & 1), 4 * t + byte + 16 * (r >> 1)
+        key = (16 * field + row) * dim + 32 * step + col
+        tile, part = 4 * (step // 2) + field, step % 2
+    else:
+        part, r, byte = v // 16, v % 16 // 4, v % 4
+        row, col = g + 8 * (r & 1), 4 * t + byte + 16 * (r >> 1)
+        per = dim // 64
+        key = (16 * (n // per) + row) * dim + 32 * (2 * (n % per) + part) + col
+        tile = n
+    token = 8 * (4 * part + byte) + t + 4 * (r >> 1)
+    val = token * dim + (dim // 8) * g + 2 * tile + (r & 1)
+    return (val if value else key).expand(dim // 16, LANES, GROUP).reshape(-1)
+
+
+def _place(fmt: int) -> tuple[Tensor, Tensor]:
+    """Word and bit of each of 32 codes; for 3 bits, codes 24..31 are handled apart."""
+    v = torch.arange(GROUP)
+    if fmt in (3, 4):
+        return v // 8, 4 * (v % 8)
+    if fmt == 2:
+        return v // 16, 4 * (v % 8) + 2 * (v % 16 // 8)
+    return v // 16, 8 * (v % 16 // 4) + 2 * (v % 4)
+
+
+def to_words(codes: Tensor, fmt: int) -> Tensor:
+    """codes [..., 32] -> int64 words [..., bits]."""
+    c = codes.long()
+    word, bit = (x.to(c.device) for x in _place(fmt))
+    out = torch.zeros(*c.shape[:-1], bits_of(fmt) + 1, dtype=torch.int64, device=c.device)
+    out.scatter_add_(-1, word.expand(c.shape), c << bit)
+    if fmt == 3:
+        spare = 4 * torch.arange(8, device=c.device) + 3
+        for i in range(3):
+            out[..., i] += (((c[..., 24:] >> i) & 1) << spare).sum(-1)
+    return out[..., : bits_of(fmt)]
+
+
+def from_words(words: Tensor, fmt: int) -> Tensor:
+    """Inverse of to_words: uint8 [..., 32]."""
+    word, bit = (x.to(words.device) for x in _place(fmt))
+    mask = {4: 15, 3: 7}.get(fmt, 3)
+    codes = (words[..., word.clamp(max=bits_of(fmt) - 1)] >> bit) & mask
+    if fmt == 3:
+        spare = 4 * torch.arange(8, device=words.device) + 3
+        codes[..., 24:] = sum((((words[..., i : i + 1] >> spare) & 1) << i for i in range(3)), codes[..., 24:] * 0)
+    return codes.to(torch.uint8)
+
+
+def pack_half(codes: Tensor, fmt: int, value: bool) -> Tensor:
+    """codes [..., 64, D] -> uint8 [..., 8 D bits]."""
+    dim, lead = codes.shape[-1], codes.shape[:-2]
+    c = codes.reshape(*lead, HALF_TOKENS * dim)[..., index(dim, fmt, value).to(codes.device)]
+    w = to_words(c.view(*lead, dim // 16, LANES, GROUP), fmt).transpose(-3, -2)
+    w = w.reshape(*lead, LANES, dim * bits_of(fmt) // 64, 4).transpose(-3, -2)  # [piece][lane][4 words]
+    w = torch.where(w >= 1 << 31, w - (1 << 32), w).to(torch.int32).contiguous()
+    return w.flatten(-3).view(torch.uint8)
+
+
+def unpack_half(packed: Tensor, dim: int, fmt: int, value: bool) -> Tensor:
+    """Inverse of pack_half: uint8 [..., 64, D]."""
+    lead = packed.shape[:-1]
+    w = packed.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    w = (
+        w.view(*lead, dim * bits_of(fmt) // 64, LANES, 4)
+        .transpose(-3, -2)
+        .reshape(*lead, LANES, dim // 16, bits_of(fmt))
+        .transpose(-3, -2)
+    )
+    c = from_words(w, fmt).reshape(*lead, -1)
+    codes = torch.empty_like(c)
+    codes[..., index(dim, fmt, value).to(c.device)] = c
+    return codes.view(*lead, HALF_TOKENS, dim)
+
+
+def _hidden(device: torch.device) -> Tensor:
+    """Bit of the mean's scale in the sign of K scale [g][t]."""
+    return torch.arange(16, device=device).view(4, 4)
+
+
+@functools.cache
+def mean_index(dim: int) -> Tensor:
+    """Place of dimension d among the mean's bytes."""
+    d = torch.arange(dim)
+    return (d // 4 % 4) * (dim // 4) + d // 16 * 4 + d % 4
+
+
+class Fragments:
+    """The bijection for one page layout. key, value: format numbers."""
+
+    def __init__(self, layout: PageLayout, key: int, value: int) -> None:
+        self.layout, self.formats, self.dim = layout, {"key": key, "value": value}, layout.head_dim
+        self.mean_bytes = (self.dim + 127) // 128 * 128 if layout.mean else 0
+        self.side = {s: 8 * self.dim * bits_of(f) + SCALE_BYTES for s, f in self.formats.items()}
+        self.half_bytes = self.mean_bytes + self.side["key"] + self.side["value"]
+        self.head_bytes = 2 * self.half_bytes
+        self.page_bytes = layout.kv_heads * self.head_bytes
+
+    def _codes(self, side: str, half: int) -> slice:
+        """Place of a side's codes in a head's region; its scales follow."""
+        at = half * self.half_bytes + self.mean_bytes + (self.side["key"] if side == "value" else 0)
+        return slice(at, at + self.side[side] - SCALE_BYTES)
+
+    def _signs(self, regions: Tensor, half: int) -> Tensor:
+        """View [..., 4, 4] of the high bytes of K scales [g][t] whose signs hold the mean's scale."""
+        at = self._codes("key", half).stop
+        high = regions[..., at + 1 : at + SCALE_BYTES : 2].unflatten(-1, (8, 8))
+        return high[..., :4, :4]
+
+    def _fields(self, side: str) -> tuple[Field, Field]:
+        fields = getattr(self.layout, side)
+        return next(f for f in fields if f.kind == "codes"), next(f for f in fields if f.kind == "half")
+
+    def from_canonical(self, rows: Tensor) -> Tensor:
+        """uint8 [P, canonical page bytes] -> [P, page_bytes] in fragment order."""
+        src = rows.unflatten(-1, (self.layout.kv_heads, self.layout.head_bytes))
+        out = torch.zeros(*src.shape[:-1], self.head_bytes, dtype=torch.uint8, device=rows.device)
+        pages = PageCodec(self.layout)
+        for side in ("key", "value"):
+            codes, scale = self._fields(side)
+            c = pages.read(rows, side, codes)
+            s = pages.planes_of(rows, side, scale)[0].unflatten(-2, (2, 8, 8)).transpose(-3, -2)
+            for h in (0, 1):
+                at = self._codes(side, h)
+                out[..., at] = pack_half(c[..., 64 * h : 64 * h + 64, :], self.formats[side], side == "value")
+                out[..., at.stop : at.stop + SCALE_BYTES] = s[..., h, :, :, :].flatten(-3)
+        if self.layout.mean:
+            start_codes, mid, dim = self.layout.offset("mean", "codes"), self.layout.offset("mean", "scale"), self.dim
+            place = mean_index(dim).to(rows.device)
+            for h in (0, 1):
+                start = h * self.half_bytes
+                out[..., start + place] = src[..., start_codes + h * dim : start_codes + (h + 1) * dim]
+                scale = src[..., mid + 2 * h : mid + 2 * h + 2].contiguous().view(torch.int16)
+                signs = self._signs(out, h)
+                signs |= ((scale.int()[..., None] >> _hidden(rows.device)) & 1).to(torch.uint8) << 7
+        return out.flatten(-2)
+
+    def to_canonical(self, rows: Tensor) -> Tensor:
+        """Inverse of from_canonical."""
+        src = rows.unflatten(-1, (self.layout.kv_heads, self.head_bytes))
+        out = torch.zeros(len(rows), self.layout.page_bytes, dtype=torch.uint8, device=rows.device)
+        pages = PageCodec(self.layout)
+        for side in ("key", "value"):
+            codes, scale = self._fields(side)
+            cs, ss = [], []
+            for h in (0, 1):
+                at = self._codes(side, h)
+                cs.append(unpack_half(src[..., at], self.dim, self.formats[side], side == "value"))
+                s = src[..., at.stop : at.stop + SCALE_BYTES].unflatten(-1, (8, 8, 2)).transpose(-3, -2)
+                ss.append(s.flatten(-3).contiguous().view(torch.float16))
+            values = {codes.name: torch.cat(cs, dim=-2), scale.name: torch.cat(ss, dim=-1)[..., None]}
+            if side == "key" and self.layout.mean:
+                values[scale.name] = (values[scale.name].view(torch.int16) & 0x7FFF).view(torch.float16)
+            pages.write(out, side, values)
+        if self.layout.mean:
+            dst = out.unflatten(-1, (self.layout.kv_heads, self.layout.head_bytes))
+            start_codes, mid, dim = self.layout.offset("mean", "codes"), self.layout.offset("mean", "scale"), self.dim
+            place = mean_index(dim).to(rows.device)
+            for h in (0, 1):
+                start = h * self.half_bytes
+                dst[..., start_codes + h * dim : start_codes + (h + 1) * dim] = src[..., start + place]
+                bits = (self._signs(src, h) >> 7).int() << _hidden(rows.device)
+                dst[..., mid + 2 * h : mid + 2 * h + 2] = (
+                    bits.sum((-2, -1))[..., None].to(torch.int16).view(torch.uint8)
+                )
+        return out

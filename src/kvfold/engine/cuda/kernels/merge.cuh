@@ -1,0 +1,189 @@
+// Query in, result out: rotate and quantize the query of a row; merge warps, then blocks; rotate back and write.
+#pragma once
+#include "exact.cuh"
+
+// Walsh-Hadamard over D values held by one warp, EPL consecutive dims per lane.
+template <int N> DI void hadamard_warp(float (&v)[N], int lane) {
+#pragma unroll
+  for (int h = 1; h < N; h *= 2)
+#pragma unroll
+    for (int i = 0; i < N; i++) if (!(i & h)) { float a = v[i], b = v[i + h]; v[i] = a + b; v[i + h] = a - b; }
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2)
+#pragma unroll
+    for (int i = 0; i < N; i++) { float o = __shfl_xor_sync(~0u, v[i], d); v[i] = lane & d ? o - v[i] : v[i] + o; }
+}
+// One column as 16-bit integers in B fragments: hi byte in mma column 2c, lo byte in 2c + 1. Returns (largest |q|, sum of integers).
+template <class C> DI float quantize(unsigned char* frag, const float (&v)[C::EPL], int column, int lane, int& sum) {
+  float mx = 1e-30f; sum = 0;
+#pragma unroll
+  for (int i = 0; i < C::EPL; i++) mx = fmaxf(mx, fabsf(v[i]));
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) mx = fmaxf(mx, __shfl_xor_sync(~0u, mx, d));
+  const float inv = 32600.f / mx;                 // |x| <= 32600 keeps the high byte in -127..127
+#pragma unroll
+  for (int i = 0; i < C::EPL; i++) {
+    int x = __float2int_rn(v[i] * inv), lo = (int)(signed char)(x & 255), hi = (x - lo) >> 8, d = lane * C::EPL + i, word = d >> 4; sum += x;          // word = 2 k step + row half
+    int at = (column >> 2) * C::D * 8 + (word >> 2) * 512 + ((column & 3) * 8 + (d >> 2 & 3)) * 16 + (word & 3) * 4 + (d & 3);
+    frag[at] = (unsigned char)hi; frag[at + 64] = (unsigned char)lo;                      // lane 4g + t with g = 2c, 2c + 1
+  }
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  return mx;
+}
+// The raw numbers of this warp's columns of a row. Volatile: they must leave before the rings fill the memory system's queues (5 us at full rate).
+template <class C> struct Query {
+  static constexpr int EACH = (C::COLS + C::W - 1) / C::W, N = C::EPL / 2; u32 raw[EACH][N], minus;        // minus: signs of this lane's dims
+  DI void load(const Args& P, const Row& row, int warp, int lane) {
+    const int pad = ldg_int(&P.seq[row.b].pad); const float* sign = P.sign_k + row.head * C::D + lane * C::EPL; u32 bits[C::EPL];
+#pragma unroll
+    for (int i = 0; i < C::EPL; i++) asm volatile("ld.global.u32 %0,[%1];" : "=r"(bits[i]) : "l"(sign + i) : "memory");
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      const unsigned char* qp = warp + k * C::W < C::COLS ? query_at<C>(P, row.b, row.head, row.tile * C::COLS + warp + k * C::W, pad) : nullptr;
+#pragma unroll
+      for (int i = 0; i < N; i++) { raw[k][i] = 0; if (qp) asm volatile("ld.global.u32 %0,[%1];" : "=r"(raw[k][i]) : "l"(qp + lane * C::EPL * 2 + 4 * i) : "memory"); }
+    }
+    minus = 0;
+#pragma unroll
+    for (int i = 0; i < C::EPL; i++) minus |= bits[i] >> 31 << i;
+  }
+};
+// All warps, one column each; column floats: score unit (log2), sum (int), mean unit / score unit. Ends with a barrier.
+template <class C> DI void prepare(const Args& P, const Row& row, const Query<C>& query, unsigned char* sm, int warp, int lane) {
+  float* column = (float*)(sm + C::AT_COL);
+  if (threadIdx.x == 0) ((int*)column)[C::COLS * 4] = ldg_int(&P.seq[row.b].folded);
+#pragma unroll
+  for (int k = 0; k < Query<C>::EACH; k++) {
+    const int c = warp + k * C::W; if (c >= C::COLS) break;
+    float raw[C::EPL], rot[C::EPL];
+#pragma unroll
+    for (int i = 0; i < C::EPL; i++) {
+      raw[i] = i & 1 ? high<C::H16>(query.raw[k][i / 2]) : low<C::H16>(query.raw[k][i / 2] & 0xffffu);
+      rot[i] = query.minus >> i & 1 ? -raw[i] : raw[i];
+    }
+    hadamard_warp(rot, lane);
+#pragma unroll
+    for (int i = 0; i < C::EPL; i++) rot[i] *= rsqrtf((float)C::D);
+    int sum, unused; float mx = quantize<C>(sm + C::AT_Q, rot, c, lane, sum), mr = mx;
+    if constexpr (C::MEAN) mr = quantize<C>(sm + C::AT_Q + C::Q_BYTES, raw, c, lane, unused);
+    const float u = C::KF == 1 ? 2.f : 1.f;       // uniform: level = 2 code - 3, products count in codes
+    if (lane == 0) { column[c * 4] = mx / 32600.f * 1.4426950408889634f * P.scale * u; ((int*)column)[c * 4 + 1] = sum; column[c * 4 + 2] = mr / (mx * u); }
+  }
+  __syncthreads();
+}
+// o [COLS][STRIDE] unnormalised and rotated, sums [COLS] -> out. All warps.
+template <class C> DI void finish(const Args& P, const Row& row, const float* o, const float* sums, int warp, int lane) {
+  for (int c = warp; c < C::COLS; c += C::W) {
+    int col = row.tile * C::COLS + c, i = col / P.G; if (col >= P.G * P.Q) continue;
+    float v[C::EPL], L = sums[c], f = L > 0 && i >= ldg_int(&P.seq[row.b].pad) ? rsqrtf((float)C::D) / L : 0.f;
+#pragma unroll
+    for (int k = 0; k < C::EPL; k++) v[k] = o[c * C::STRIDE + lane * C::EPL + k];
+    hadamard_warp(v, lane);
+    const float* sign = P.sign_v + row.head * C::D + lane * C::EPL;
+    u32* out = (u32*)((u16*)P.out + row.b * P.o_b + (row.head * P.G + col % P.G) * P.o_h + i * P.o_i + lane * C::EPL);
+#pragma unroll
+    for (int k = 0; k < C::EPL / 2; k++) out[k] = f > 0 ? pair<C::H16>(v[2 * k] * f * sign[2 * k], v[2 * k + 1] * f * sign[2 * k + 1]) : 0u;
+  }
+}
+// The last block of a row adds up the parts in block order: warp = (column, share of the parts).
+template <class C> DI void merge_blocks(const Args& P, const Row& row, const Cut cut, unsigned char* sm, int warp, int lane) {
+  float *buf = (float*)(sm + C::AT_BUF), *sums = (float*)(sm + C::AT_ML);                 // sums [SUB][COLS]
+  const int c0 = cut.block(row.first), parts = cut.block(row.first + row.items - 1) - c0 + 1;
+  const float* base = P.partial + (u64)c0 * 2 * C::PARTIAL;
+  if (cut.begin(c0) < row.first) base += C::PARTIAL;                  // the first part is its block's second share, the others their block's first
+  auto part = [&](int p) { return p == 0 ? base : P.partial + (u64)(c0 + p) * 2 * C::PARTIAL; };
+  for (int task = warp; task < C::COLS * C::SUB; task += C::W) {
+    const int c = task % C::COLS, sub = task / C::COLS; float M = -3e38f, L = 0, v[C::EPL] = {};
+    for (int p = lane; p < parts; p += 32) M = fmaxf(M, __ldcg(part(p) + C::COLS * C::D + c));
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) M = fmaxf(M, __shfl_xor_sync(~0u, M, d));
+#pragma unroll 5
+    for (int p = sub; p < parts; p += C::SUB) {
+      const float *w = part(p), f = ex2(__ldcg(w + C::COLS * C::D + c) - M); L = fmaf(f, __ldcg(w + C::COLS * (C::D + 1) + c), L);
+#pragma unroll
+      for (int k = 0; k < C::EPL; k++) v[k] = fmaf(f, __ldcg(w + c * C::D + lane * C::EPL + k), v[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < C::EPL; k++) buf[(sub * C::COLS + c) * C::STRIDE + lane * C::EPL + k] = v[k];
+    if (lane == 0) sums[sub * C::COLS + c] = L;
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < C::COLS * C::D; e += C::THREADS) {
+    float* at = buf + e / C::D * C::STRIDE + e % C::D;
+    for (int k = 1; k < C::SUB; k++) *at += at[k * C::COLS * C::STRIDE];
+  }
+  if (threadIdx.x < C::COLS) for (int k = 1; k < C::SUB; k++) sums[threadIdx.x] += sums[k * C::COLS + threadIdx.x];
+  __syncthreads();
+}
+// All warps: end of the block's share of a row. `second`: it is not the block's first. Ends with a barrier.
+template <class C> DI void merge(State<C>& s, const Plan& plan, int from, int to, int second, bool last, unsigned char* sm, int warp, int lane) {
+  const int g = lane >> 2, t = lane & 3; const Args& P = plan.P; const Row row = plan.locate(from); const float zero = C::VF == 1 ? 1.5f : (float)ZERO, unit = C::VF == 1 ? 2.f : 1.f;
+  float *ml = (float*)(sm + C::AT_ML), *buf = (float*)(sm + C::AT_BUF), *sums = ml + 2 * C::W * C::COLS; int* flag = (int*)(sums + C::COLS);
+#pragma unroll
+  for (int n = 0; n < C::NG; n++) {
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) { s.l[n] += __shfl_xor_sync(~0u, s.l[n], d); s.zs[n] += __shfl_xor_sync(~0u, s.zs[n], d); }
+    if (g == 0) { ml[warp * C::COLS + 4 * n + t] = s.m[n]; ml[(C::W + warp) * C::COLS + 4 * n + t] = s.l[n]; }
+  }
+  __syncthreads();
+  float* part = P.partial + ((u64)blockIdx.x * 2 + second) * C::PARTIAL;
+  const bool whole = from == row.first && to == row.first + row.items;
+#pragma unroll
+  for (int n = 0; n < C::NG; n++) {               // lane 4g + t looks at warps g, g + 8 of column t
+    float M = -3e38f, L = 0; const float* at = ml + 4 * n + t;
+#pragma unroll
+    for (int k = 0; k < C::W; k += 8) M = fmaxf(M, at[(k + g) * C::COLS]);
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) M = fmaxf(M, __shfl_xor_sync(~0u, M, d));
+#pragma unroll
+    for (int k = 0; k < C::W; k += 8) L = fmaf(ex2(at[(k + g) * C::COLS] - M), at[(C::W + k + g) * C::COLS], L);
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) L += __shfl_xor_sync(~0u, L, d);
+    if (warp == 0 && g == 0) { sums[4 * n + t] = L; if (!whole) { __stcg(part + C::COLS * C::D + 4 * n + t, M); __stcg(part + C::COLS * (C::D + 1) + 4 * n + t, L); } }
+    const float f = ex2(s.m[n] - M) * unit;
+#pragma unroll
+    for (int i = 0; i < 2 * C::MT; i++) s.O[n][i] = (s.O[n][i] - zero * s.zs[n]) * f;
+  }
+  // At the end of a block's work its rings are free: every warp writes into its own. Before, they are in flight: a small buffer, in rounds.
+  constexpr int EACH = (C::COLS * C::D + C::THREADS - 1) / C::THREADS, RING = C::R * C::SLOT / 4;
+  const bool roomy = last && RING >= C::COLS * C::STRIDE; const int round = roomy ? C::W : C::ROUND, step = roomy ? RING : C::COLS * C::STRIDE;
+  float sum[EACH] = {}; float* store = roomy ? (float*)sm : buf;
+#pragma unroll 1
+  for (int r0 = 0; r0 < C::W; r0 += round) {
+    if (warp >= r0 && warp < r0 + round)
+#pragma unroll
+      for (int n = 0; n < C::NG; n++)
+#pragma unroll
+        for (int i = 0; i < C::MT / 2; i++)
+          *(float4*)(store + (warp - r0) * step + (4 * n + t) * C::STRIDE + g * (C::D / 8) + 4 * i) = make_float4(s.O[n][4 * i], s.O[n][4 * i + 1], s.O[n][4 * i + 2], s.O[n][4 * i + 3]);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      int e = threadIdx.x + i * C::THREADS; const float* at = store + e / C::D * C::STRIDE + e % C::D;
+      if (e < C::COLS * C::D)
+#pragma unroll 4
+        for (int k = 0; k < round; k++) sum[i] += at[k * step];
+    }
+    if (r0 + round < C::W) __syncthreads();
+  }
+  if (whole && !roomy) __syncthreads();           // buf is still being read
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    int e = threadIdx.x + i * C::THREADS;
+    if (e < C::COLS * C::D) { if (whole) buf[e / C::D * C::STRIDE + e % C::D] = sum[i]; else __stcg(part + e, sum[i]); }
+  }
+  __syncthreads();
+  if (!whole) {
+    if (threadIdx.x == 0) {
+      const Cut cut = plan.cut(); const int parts = cut.block(row.first + row.items - 1) - cut.block(row.first) + 1;
+      __threadfence();                            // the barrier put all of the block's stores before this fence
+      int done = atomicAdd(P.count + row.row, 1) == parts - 1; if (done) P.count[row.row] = 0; *flag = done; __threadfence();
+    }
+    __syncthreads();
+    if (!*flag) return;
+    merge_blocks<C>(P, row, plan.cut(), sm, warp, lane);
+    sums = ml;
+  }
+  finish<C>(P, row, buf, sums, warp, lane);
+}
