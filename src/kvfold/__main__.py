@@ -1,0 +1,5 @@
+"""`python -m kvfold`: the kvfold command."""
+
+from kvfold.cli import main
+
+main()

@@ -1,0 +1,257 @@
+"""transformers: the attention implementation `kvfold`, its masks, and `attach`.
+
+A model calls `k, v = cache.update(k, v, layer)` and hands both, untouched, to the attention function of its
+configuration. So a FoldedCache returns handles instead of tensors, and the attention function registered here attends
+to the pages behind them. Masks are registered too: an unregistered name would silently drop padding. Stock caches keep
+working: a call that brings tensors goes to the implementation the model had before.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvfold.errors import InvalidConfig, NotAttached, Unsupported
+
+NAME = "kvfold"
+
+# Arguments of an attention call that change its result and that folded attention does not implement.
+REFUSED = ("softcap", "s_aux", "position_bias", "sliding_window", "output_attentions", "cache", "head_mask")
+# Tensors that models pass along to every attention function and that do not change a folded one.
+HARMLESS = ("position_ids", "cache_position", "position_embeddings", "input_ids", "attention_mask", "labels")
+
+Runs = list[tuple[int, int]]  # columns of a row that hold padding, as (start, stop)
+
+
+class Attends(Protocol):
+    """A folded layer, as the attention function sees it."""
+
+    def attend(self, handle: Handle, query: Tensor, mask: LazyMask | None, scale: float) -> Tensor: ...
+
+
+class Handle:
+    """Stands for one layer's keys, or values, between `update` and the attention function. Never a tensor."""
+
+    __slots__ = ("call", "k", "layer", "v")
+
+    def __init__(self, layer: Attends, call: int, k: Tensor, v: Tensor) -> None:
+        self.layer, self.call, self.k, self.v = layer, call, k, v
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _not_attached(f"the model read .{name} of a folded cache's keys or values")
+
+    def __getitem__(self, item: object) -> Any:
+        raise _not_attached("the model sliced a folded cache's keys or values")
+
+    @classmethod
+    def __torch_function__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> Any:
+        raise _not_attached(f"the model called {getattr(func, '__name__', func)} on a folded cache's keys or values")
+
+
+def _not_attached(message: str) -> NotAttached:
+    return NotAttached(
+        message,
+        "Call kvfold.attach(model) once before generating with a FoldedCache; a model that is attached and still does "
+        "this changes keys after caching them and needs the stock cache",
+    )
+
+
+class LazyMask:
+    """The arguments of a mask, which folded layers read as padding and stock layers turn into the mask itself."""
+
+    def __init__(self, make: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        self._make, self.arguments = make, arguments
+        self._known: tuple[int, int, Sequence[Runs], list[int]] | None = None
+
+    @functools.cached_property
+    def dense(self) -> Any:
+        """What the model's own implementation would have been given."""
+        return self._make(**self.arguments)
+
+    def pads(self, new: int, columns: int, holes: Sequence[Runs]) -> list[int]:
+        """How many of the call's `new` columns are left padding, per row.
+
+        holes: which of the `columns` before the call were padding, per row. Raises Unsupported for masks that are not
+        plain causal with left padding, or that hide other tokens of the past than they did.
+        """
+        if self._known is None or self._known[:3] != (new, columns, holes):
+            # Layers of one call share the mask and, as a rule, the past: it is read once.
+            self._known = (new, columns, [list(runs) for runs in holes], self._read(new, columns, holes))
+        return self._known[3]
+
+    def _read(self, new: int, columns: int, holes: Sequence[Runs]) -> list[int]:
+        mask, batch = self.arguments["attention_mask"], len(holes)
+        if self.arguments["mask_function"] is not causal_mask_function:
+            raise Unsupported("this model's attention mask is not plain causal", "Use the stock cache for it")
+        if mask is None:
+            return no_pads(holes)
+        if mask.dim() != 2 or mask.shape[-1] != columns + new or len(mask) not in (1, batch):
+            raise Unsupported(
+                f"the attention mask {tuple(mask.shape)} does not cover {batch} rows of {columns} past and {new} new tokens",
+                "Pass a 2D mask over all tokens so far, or none",
+            )
+        mask = mask.bool().expand(batch, -1)
+        seen = torch.ones(batch, columns, dtype=torch.bool, device=mask.device)
+        for row, runs in zip(seen, holes, strict=True):
+            for start, stop in runs:
+                row[start:stop] = False
+        if not torch.equal(mask[:, :columns], seen):
+            raise Unsupported(
+                "the attention mask hides or shows other past tokens than in earlier calls",
+                "Keep the mask of earlier calls as it was",
+            )
+        here = mask[:, columns:]
+        if bool((here[:, 1:] < here[:, :-1]).any()):
+            raise Unsupported(
+                "the attention mask hides tokens that are not left padding of this call",
+                "Pad on the left: padding_side='left' in the tokenizer",
+            )
+        return [int(p) for p in (~here).sum(-1).tolist()]
+
+
+def no_pads(holes: Sequence[Runs]) -> list[int]:
+    """Pads of a call without a mask."""
+    if any(holes):
+        raise Unsupported("earlier calls of this cache had padding and this one has no mask", "Pass the attention mask")
+    return [0] * len(holes)
+
+
+def _fallback_attention(name: str, module: torch.nn.Module) -> Callable[..., Any]:
+    if name == "eager":
+        # Every modeling file has its own eager function; it is not in the registry.
+        return getattr(sys.modules[type(module).__module__], "eager_attention_forward")  # noqa: B009
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _refuse(module: torch.nn.Module, query: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raise Unsupported for everything that would change the result and is not implemented."""
+    stock = "Use the stock cache for this model or call"
+    for name in REFUSED:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise Unsupported(f"folded attention does not implement {name!r}", stock)
+    for name, x in kwargs.items():
+        if isinstance(x, Tensor) and name not in HARMLESS:
+            raise Unsupported(f"folded attention does not know the argument {name!r}", stock)
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        raise Unsupported("folded attention does not implement 'output_attentions'", stock)
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise Unsupported("a folded layer was asked for attention that is not causal", stock)
+    if dropout:
+        raise Unsupported("folded attention has no dropout", "Call model.eval()")
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise no_gradients()
+
+
+def no_gradients() -> Unsupported:
+    return Unsupported("a folded cache has no gradients", "Run the call under torch.no_grad()")
+
+
+def _attend(
+    fallback: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | Handle,
+    value: Tensor | Handle,
+    attention_mask: LazyMask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: query [B, H * G, Q, D] -> ([B, Q, H * G, D], None)."""
+    if not isinstance(key, Handle):
+        dense = attention_mask.dense if isinstance(attention_mask, LazyMask) else attention_mask
+        run = _fallback_attention(fallback, module)
+        return run(module, query, key, value, dense, scaling=scaling, dropout=dropout, **kwargs)
+    _refuse(module, query, dropout, kwargs)
+    if attention_mask is not None and not isinstance(attention_mask, LazyMask):
+        raise Unsupported("a ready-made 4D mask cannot be read by a folded cache", "Pass a 2D attention mask, or none")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    return key.layer.attend(key, query, attention_mask, scaling).transpose(1, 2).contiguous(), None
+
+
+def _mask(fallback: str, **arguments: Any) -> Any:
+    """The registered mask function. A mask over all tokens so far is made when it is wanted, any other at once: caches
+    with windows or of static size may count in tensors, in place, and hand masks through code that expects tensors."""
+    make = ALL_MASK_ATTENTION_FUNCTIONS.get(fallback, _no_mask)
+    past, new, length = (arguments.get(name) for name in ("q_offset", "q_length", "kv_length"))
+    if isinstance(past, int) and isinstance(new, int) and length == past + new and not arguments.get("kv_offset"):
+        return LazyMask(make, arguments)
+    return make(**arguments)
+
+
+def _no_mask(**arguments: Any) -> None:
+    return None
+
+
+def register(fallback: str = "sdpa") -> str:
+    """Make `attn_implementation="kvfold"` known to transformers; returns the name for another fallback than sdpa."""
+    name = NAME if fallback == "sdpa" else f"{NAME}_{fallback}"
+    AttentionInterface.register(name, functools.partial(_attend, fallback))
+    AttentionMaskInterface.register(name, functools.partial(_mask, fallback))
+    return name
+
+
+register()
+
+
+def _implementation(model: Any) -> str:
+    try:
+        return str(model.config._attn_implementation or "eager")
+    except AttributeError as error:
+        raise InvalidConfig(
+            f"{type(model).__name__} is not a transformers model",
+            "Pass what AutoModelForCausalLM.from_pretrained returns",
+        ) from error
+
+
+def _set(model: Any, name: str) -> None:
+    model.set_attn_implementation(name)
+    if _implementation(model) != name:  # transformers only warns
+        raise Unsupported(
+            f"{type(model).__name__} does not let its attention implementation be chosen", "Use the stock cache for it"
+        )
+
+
+class Attached:
+    """What `attach` returns: use it in `with` to put back, at the end, what the model had before; or ignore it."""
+
+    def __init__(self, model: Any, before: str) -> None:
+        self.model, self._before = model, before
+
+    def __enter__(self) -> Any:
+        return self.model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _set(self.model, self._before)
+
+
+def attach(model: Any) -> Attached:
+    """Let a transformers model's attention read folded caches. Stock caches still work; `detach` undoes it.
+
+    Raises InvalidConfig for what is not a transformers model and Unsupported if its attention cannot be replaced.
+    """
+    before = _implementation(model)
+    if not before.startswith(NAME):
+        _set(model, register(before))
+    return Attached(model, before)
+
+
+def detach(model: Any) -> None:
+    """Give the model back the attention implementation it had before `attach`; `sdpa` if it was loaded with `kvfold`."""
+    name = _implementation(model)
+    if name.startswith(NAME):
+        _set(model, name.removeprefix(NAME).removeprefix("_") or "sdpa")

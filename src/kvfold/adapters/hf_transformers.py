@@ -1,0 +1,324 @@
+"""transformers: a FoldedCache for `past_key_values`. The attention that reads it is in hf_attention.
+
+The oldest and the newest transformers that the tests ran with are 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from kvfold.adapters.hf_attention import Handle, LazyMask, Runs, attach, detach, no_gradients, no_pads, register
+from kvfold.cache.guard import CallGuard
+from kvfold.cache.layer import FoldedAttention
+from kvfold.config import CacheSpec
+from kvfold.dispatch import ENGINES
+from kvfold.engine.select import make_engine
+from kvfold.errors import CannotTrim, InvalidConfig, Unsupported
+from kvfold.profiles import load
+
+__all__ = ["FoldedCache", "FoldedLayer", "attach", "detach", "register"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Nothing between `update` and the end of attention can be traced: pages are bytes behind handles.
+_eager: Callable[[F], F] = torch.compiler.disable(
+    reason="kvfold: a folded cache cannot be compiled into a full graph; leave fullgraph off, or use a stock cache"
+)
+
+
+class FoldedLayer(CacheLayerMixin):
+    """A full-attention layer of a FoldedCache."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, spec: CacheSpec, layer: int, backend: str, guard: CallGuard) -> None:
+        super().__init__()
+        self.folded = FoldedAttention(spec, layer, functools.partial(make_engine, backend))
+        self.guard = guard
+        self.columns = 0  # tokens of the batch as the host counts them: padding included
+        self.holes: list[Runs] = []  # which columns of each row are padding
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.folded.prepare(key_states, value_states)
+        if len(self.holes) != len(key_states):
+            self.holes = [[] for _ in range(len(key_states))]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, call: int = 0, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Two handles for the attention function. Nothing is stored before its attention was computed."""
+        self.lazy_initialization(key_states, value_states)
+        handle = Handle(self, call, key_states, value_states)
+        return handle, handle
+
+    @_eager
+    def attend(self, handle: Handle, query: Tensor, mask: LazyMask | None, scale: float) -> Tensor:
+        """Attention [B, H * G, Q, D] of the call behind a handle, which then belongs to the past."""
+        self.guard.begin(self.folded.layer, handle.call)
+        stored = False
+        try:
+            new = query.shape[2]
+            pads = mask.pads(new, self.columns, self.holes) if mask is not None else no_pads(self.holes)
+            out = self.folded.attend(query, handle.k, handle.v, pads, scale)
+            for runs, n in zip(self.holes, pads, strict=True):
+                if n:
+                    start = runs.pop()[0] if runs and runs[-1][1] == self.columns else self.columns
+                    runs.append((start, self.columns + n))
+            self.columns += new
+            stored = True
+        finally:
+            self.guard.end(self.folded.layer, stored)
+        return out
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name other libraries still ask for
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest -n columns; a positive n is the length to keep, as transformers once had it."""
+        n = int(-tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove))
+        if n > self.columns:
+            raise CannotTrim(f"cannot remove {n} of {self.columns} tokens", "Crop at most what the cache holds")
+        keep = self.columns - n
+        padding = [sum(stop - max(start, keep) for start, stop in runs if stop > keep) for runs in self.holes]
+        self.folded.trim([n - p for p in padding])
+        self.holes = [[(a, min(b, keep)) for a, b in runs if a < keep] for runs in self.holes]
+        self.columns = keep
+
+    def _select(self, rows: list[int]) -> None:
+        if self.folded.sequences:
+            self.folded.select(rows)
+            self.holes = [list(self.holes[r]) for r in rows]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([r for r in range(len(self.holes)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(torch.arange(len(self.holes))[indices.cpu()].tolist())
+
+    def reset(self) -> None:
+        self.folded.clear()
+        self.columns, self.holes = 0, []
+
+    def offload(self) -> None:
+        raise Unsupported("a folded cache does not offload", "It is a fifth of the size; leave offloading off")
+
+    prefetch = offload
+
+    def fork(self, guard: CallGuard) -> FoldedLayer:
+        """An independent continuation that shares folded pages."""
+        other = copy.copy(self)
+        other.folded, other.guard = self.folded.fork(), guard
+        other.holes = [list(runs) for runs in self.holes]
+        return other
+
+
+# Layers of other kinds stay as transformers has them: their memory is bounded.
+STOCK_LAYERS = (DynamicSlidingWindowLayer, LinearAttentionLayer)
+
+
+class FoldedCache(Cache):
+    """A transformers cache whose full-attention layers are folded.
+
+    config: the model's config. profile: a profile's name, or spec: a CacheSpec. backend: `auto` or the name of an engine.
+    Raises UnknownProfile, and Unsupported for layer kinds it does not know.
+    """
+
+    def __init__(
+        self, config: Any, profile: str = "balanced", *, spec: CacheSpec | None = None, backend: str = "auto"
+    ) -> None:
+        self.spec = spec if spec is not None else load(profile).spec
+        self.profile = profile if spec is None else "custom"
+        if backend not in (names := ["auto", *(i.name for i in ENGINES)]):
+            raise InvalidConfig(f"unknown engine {backend!r}", f"Use one of: {', '.join(names)}")
+        if not hasattr(config, "get_text_config"):
+            raise InvalidConfig(f"{type(config).__name__} is not a transformers config", "Pass model.config")
+        text = config.get_text_config(decoder=True)
+        if getattr(text, "kv_lora_rank", None):
+            raise Unsupported(
+                f"{text.model_type} caches a latent (MLA), which this version does not fold", "Use the stock cache"
+            )
+        layers: list[Any] = DynamicCache(config=config).layers
+        if not layers:
+            raise InvalidConfig("this config describes no cache layers", "Pass the config of a decoder model")
+        # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
+        counted = [i for i, x in enumerate(layers) if not isinstance(x, LinearAttentionLayer)]
+        self.guard = CallGuard(counted[-1] if counted else -1)
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                layers[i] = FoldedLayer(self.spec, i, backend, self.guard)
+            elif type(layer) not in STOCK_LAYERS:
+                raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
+        super().__init__(layers=layers)
+
+    @property
+    def folded_layers(self) -> list[FoldedLayer]:
+        return [x for x in self.layers if isinstance(x, FoldedLayer)]
+
+    def _enter(self, layer: int, states: Tensor, part: str = "") -> int:
+        """A layer begins a part of its work; returns the number of the call."""
+        if torch.is_grad_enabled() and states.requires_grad:
+            raise no_gradients()
+        call, new = self.guard.enter(layer, part)
+        if new:
+            # What `rollback` needs. Sliding layers replace their tensors at every call, so references are enough.
+            sliding = {i: dict(vars(x)) for i, x in enumerate(self.layers) if isinstance(x, DynamicSlidingWindowLayer)}
+            self.guard.before = (self.get_seq_length(), sliding)
+        return call
+
+    @_eager
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        call = self._enter(layer_idx, key_states)
+        if isinstance(self.layers[layer_idx], FoldedLayer):
+            return super().update(key_states, value_states, layer_idx, call=call)
+        self.guard.stored.add(layer_idx)
+        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.guard.store(layer_idx)
+        return out
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        self._enter_linear(layer_idx, conv_states, f"conv {state_idx}")
+        return super().update_conv_state(conv_states, layer_idx, state_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        self._enter_linear(layer_idx, recurrent_states, f"recurrent {state_idx}")
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, *args, **kwargs)
+
+    def _enter_linear(self, layer: int, states: Tensor, part: str) -> None:
+        if layer < self.guard.last:
+            self._enter(layer, states, part)
+            self.guard.stored.add(layer)
+
+    def rollback(self) -> None:
+        """Drop the tokens of a call that failed half-way, where only some layers hold them.
+
+        Raises CannotTrim if a layer with a running state (linear attention) has already taken the call into it.
+        """
+        if self.guard.unfinished:
+            columns, sliding = self.guard.before
+            if columns == 0:
+                self.reset()
+                return
+            stored = [(i, self.layers[i]) for i in self.guard.stored]
+            if any(isinstance(x, LinearAttentionLayer) for _, x in stored):
+                raise CannotTrim(
+                    "a linear-attention layer has taken the unfinished call into its state",
+                    "Continue from a fork made before the call, or reset() the cache and prefill again",
+                )
+            for i, x in stored:
+                if isinstance(x, FoldedLayer):
+                    x.crop(columns - x.columns)
+                else:
+                    vars(x).update(sliding[i])
+        self.guard.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest -n columns of every layer, or of none: CannotTrim if one cannot."""
+        self.guard.check()
+        for i, x in enumerate(self.layers):
+            full = isinstance(x, DynamicSlidingWindowLayer) and x.get_seq_length() >= x.sliding_window
+            linear = isinstance(x, LinearAttentionLayer) and any(x.has_previous_state.values())
+            if (full and not x.record_past) or (linear and not (x.record_past and x.is_croppable)):
+                raise CannotTrim(
+                    f"layer {i} ({type(x).__name__}) does not keep what it would need to go back",
+                    "Continue from a fork made before those tokens",
+                )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything; the next call may bring another batch."""
+        self.guard.clear()
+        for x in self.layers:
+            # Stock layers would keep zeroed tensors of the old batch.
+            if isinstance(x, DynamicSlidingWindowLayer):
+                x.__init__(x.sliding_window)
+            elif isinstance(x, LinearAttentionLayer):
+                x.__init__(x.number_of_states)
+            else:
+                x.reset()
+
+    def fork(self) -> FoldedCache:
+        """An independent continuation: folded pages are shared, everything else copied."""
+        self.guard.check()
+        other = copy.copy(self)
+        other.guard = CallGuard(self.guard.last)
+        other.layers = [x.fork(other.guard) if isinstance(x, FoldedLayer) else copy.deepcopy(x) for x in self.layers]
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte allocated for the context, of folded and of stock layers."""
+        return sum(x.folded.nbytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+
+    @property
+    def reference_bytes(self) -> int:
+        """16 bits per key and value of the folded layers' tokens: what the ratio is against."""
+        return sum(
+            2 * s.length * s.ring_k.shape[0] * (s.ring_k.shape[2] + s.ring_v.shape[2])
+            for x in self.folded_layers
+            for s in x.folded.sequences
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Bytes by layer and kind, tokens, bits per value, ratio to 16 bits."""
+        layers = []
+        for i, x in enumerate(self.layers):
+            if isinstance(x, FoldedLayer):
+                layers.append(x.folded.report())
+            else:
+                layers.append({"layer": i, "kind": type(x).__name__, "bytes": _tensor_bytes(x)})
+        folded_bytes = sum(x.folded.nbytes for x in self.folded_layers)
+        return {
+            "profile": self.profile,
+            "cache_bytes": self.nbytes,
+            "folded_layer_bytes": folded_bytes,
+            "state_bytes": self.nbytes - folded_bytes,
+            "reference_bytes": self.reference_bytes,
+            "ratio": self.reference_bytes / folded_bytes if folded_bytes else 1.0,
+            "tokens": self.get_seq_length(),
+            "layers": layers,
+        }
+
+
+def _tensor_bytes(layer: Any) -> int:
+    """Bytes of the tensors a stock cache layer holds, in attributes or in dicts of states."""
+    seen: dict[int, int] = {}
+    for x in vars(layer).values():
+        for t in x.values() if isinstance(x, dict) else (x,):
+            if isinstance(t, Tensor):
+                seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(seen.values())

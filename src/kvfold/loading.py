@@ -1,0 +1,209 @@
+"""One way to get a model and its tokenizer: a folder, a hub id, a GGUF file, or `demo`, the model in this package.
+
+Local files come first; the network is asked only for a hub id that is not in the local cache, and never when offline.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from kvfold.errors import MissingExtra, ModelError, ModelNotFound, NeedsRemoteCode, UnsupportedModel
+
+DEMO = "recall-llama-12m"
+# The shipped models have no chat format of their own: contents are joined as they are.
+VERBATIM_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to load; the fields are the command line's options of the same names."""
+
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """model: a transformers model in eval mode; tokenizer: its tokenizer; source: what was asked for."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+
+
+def demo_folder() -> Path:
+    """Where the shipped model lies."""
+    return Path(str(resources.files("kvfold.models"))) / DEMO
+
+
+@contextmanager
+def _quiet_and_offline(offline: bool) -> Iterator[None]:
+    """No telemetry, no progress bars on stdout; no network when offline."""
+    wanted = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if offline:
+        wanted["HF_HUB_OFFLINE"] = "1"
+    before = {k: os.environ.get(k) for k in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for k, v in before.items():
+            if v is None:
+                os.environ.pop(k, None)
+            else:
+                os.environ[k] = v
+
+
+def _near(path: Path) -> str:
+    parent = path.parent if path.parent.is_dir() else Path()
+    close = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], n=3)
+    return f" (there is: {', '.join(close)})" if close else ""
+
+
+def _resolve(source: str) -> tuple[str, dict[str, str]]:
+    """(folder or hub id, extra arguments of from_pretrained)."""
+    if source == "demo":
+        return str(demo_folder()), {}
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFound(f"no file {source}{_near(path)}", "Give the path of a GGUF file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFound(f"the folder {source} holds no config.json", "Give the folder a model was saved in")
+        return str(path), {}
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.exists()
+    if looks_like_path:
+        raise ModelNotFound(f"no folder {source}{_near(path)}", "Give a model folder, a hub id, a GGUF file, or 'demo'")
+    return source, {}
+
+
+def _explain(source: str, error: Exception, options: Options) -> ModelError:
+    text = str(error)
+    low = text.lower()
+    if "trust_remote_code" in low:
+        return NeedsRemoteCode(
+            f"{source} needs code from its own repository", "Read that code, then pass --trust-remote-code"
+        )
+    if "gated" in low or "401" in low or "403" in low:
+        return ModelNotFound(f"{source} is gated or private", "Accept its licence on the hub and run: hf auth login")
+    if "does not recognize this architecture" in low or "model type" in low:
+        return UnsupportedModel(f"transformers does not know the architecture of {source}", "Upgrade transformers")
+    if "gguf" in low and isinstance(error, ImportError):
+        return ModelError(f"reading {source} needs the package 'gguf'", "Install it with: pip install 'kvfold[gguf]'")
+    if isinstance(error, OSError):
+        if Path(source).exists():
+            return ModelError(
+                f"{source} could not be read: {text.splitlines()[0]}", "Check that the folder is complete"
+            )
+        where = "is not in the local cache" + (
+            "" if options.offline else ", and the hub did not have it or cannot be reached"
+        )
+        return ModelNotFound(
+            f"{source} {where}{_cached_names(source)}", "Check the spelling, or give a model folder or 'demo'"
+        )
+    return ModelError(
+        f"{source} could not be loaded: {text.splitlines()[0] if text else type(error).__name__}", "See above"
+    )
+
+
+def load_config(source: str, options: Options | None = None) -> Any:
+    """The config alone, without weights. Raises ModelError subclasses with the cure."""
+    return _load(source, options or Options(), weights=False).model
+
+
+def load(source: str, options: Options | None = None) -> Loaded:
+    """Model and tokenizer. Raises MissingExtra, ModelNotFound, NeedsRemoteCode, UnsupportedModel, ModelError."""
+    return _load(source, options or Options(), weights=True)
+
+
+def _load(source: str, options: Options, weights: bool) -> Loaded:
+    try:
+        import torch
+        import transformers
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise MissingExtra.of("loading a model", str(error.name), "transformers") from error
+    transformers.utils.logging.disable_progress_bar()
+    where, extra = _resolve(source)
+    common: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code, **extra}
+    local = Path(where).is_dir()
+
+    def attempt(local_only: bool) -> Loaded:
+        found = {**common, "local_files_only": local_only}
+        if not weights:
+            return Loaded(AutoConfig.from_pretrained(where, **found), None, source)
+        return _with_weights(where, found, options, source, AutoModelForCausalLM, AutoTokenizer, torch)
+
+    with _quiet_and_offline(options.offline):
+        try:
+            try:
+                return attempt(local_only=True)
+            except OSError:
+                if local or options.offline or not _hub_answers():
+                    raise
+                return attempt(local_only=False)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise _explain(source, error, options) from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub's host resolves. Without this, a machine off the network waits through a minute of retries."""
+    from huggingface_hub import constants
+
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return not constants.HF_HUB_OFFLINE
+
+
+def _cached_names(source: str) -> str:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    there = (
+        [p.name.removeprefix("models--").replace("--", "/") for p in cache.glob("models--*")] if cache.is_dir() else []
+    )
+    close = difflib.get_close_matches(source, [*there, "demo"], n=3)
+    return f" (there is: {', '.join(close)})" if close else ""
+
+
+def _with_weights(
+    where: str,
+    common: dict[str, Any],
+    options: Options,
+    source: str,
+    model_class: Any,
+    tokenizer_class: Any,
+    torch: Any,
+) -> Loaded:
+    tokenizer = tokenizer_class.from_pretrained(where, **common)
+    if options.chat_template:
+        tokenizer.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
+    elif source == "demo" and not tokenizer.chat_template:
+        tokenizer.chat_template = VERBATIM_TEMPLATE
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
+    if dtype is None:
+        raise UnsupportedModel(f"unknown dtype {options.dtype!r}", "Use auto, float32, bfloat16 or float16")
+    model = model_class.from_pretrained(where, dtype=dtype, device_map=options.device_map, **common).eval()
+    if options.device:
+        model = model.to(options.device)
+    return Loaded(model, tokenizer, source)
