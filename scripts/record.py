@@ -1,0 +1,74 @@
+"""Run a kvfold command with --json and append its figures, with where they come from, to bench/results/<verb>.csv.
+
+python scripts/record.py eval demo --profile balanced
+python scripts/record.py needle demo --contexts 2k,8k --trials 5
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def processor() -> str:
+    """Model name and number of cores, as Linux tells them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} x{len(names)}"
+
+
+def provenance(arguments: list[str]) -> dict[str, str]:
+    def git(*a: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True, check=True).stdout.strip()
+
+    dirty = "+changes" if git("status", "--porcelain", "--", "src", "csrc") else ""
+    versions = {p: metadata.version(p) for p in ("numpy", "torch", "transformers")}
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": git("rev-parse", "--short", "HEAD") + dirty,
+        "machine": processor(),
+        "python": platform.python_version(),
+        **versions,
+        "command": "kvfold " + " ".join(Path(a).name if a.startswith("/") else a for a in arguments),
+    }
+
+
+def flat(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per entry of `rows`, or one in all."""
+    if "rows" in result:
+        return [dict(row) for row in result["rows"]]
+    return [{k: v for k, v in result.items() if not isinstance(v, list | dict)}]
+
+
+def main(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvfold", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.stdout)
+    where = provenance(arguments)
+    rows = [{**where, **row} for row in flat(json.loads(done.stdout))]
+    path = ROOT / "bench" / "results" / f"{arguments[0]}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
+    fields = list(dict.fromkeys([*(old[0] if old else []), *rows[0]]))
+    with path.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, fields)
+        writer.writeheader()
+        writer.writerows(old + rows)
+    for row in rows:
+        print(json.dumps({k: v for k, v in row.items() if k not in where}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

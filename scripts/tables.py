@@ -1,0 +1,143 @@
+"""Write the tables of README.md from bench/results/*.csv; --check fails if they differ from what is there."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEST_LEVEL = "amx"  # of the machine that made cpu.csv
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    path = RESULTS / f"{name}.csv"
+    return list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in body])
+
+
+def latest(rows: list[Row]) -> list[Row]:
+    """The last row of each command, in order of first appearance."""
+    return list({r["command"]: r for r in rows}.values())
+
+
+def option(row: Row, name: str, default: str) -> str:
+    found = re.search(rf"--{name} (\S+)", row["command"])
+    return found[1] if found else default
+
+
+def eval_table() -> str:
+    body = []
+    for r in latest(read("eval")):
+        model = r["command"].split()[2].replace("demo", "recall-llama-12m").removeprefix("recall-").rsplit("-", 1)[0]
+        profile = "plain" if "--no-centre" in r["command"] else option(r, "profile", "balanced")
+        if skip := option(r, "skip", ""):
+            profile += f", {skip} windows on"
+        kld, change = float(r["kld_mean"]), 100 * float(r["perplexity_change"])
+        body.append(
+            [model, profile, f"{float(r['bits_per_value']):.3f}", f"{kld:.5f} ± {float(r['kld_se']):.5f}"]
+            + [f"{100 * float(r['top1_agreement']):.1f} %", f"{change:+.2f} %"]
+        )
+    return markdown(["model", "profile", "bits", "KLD", "same top token", "perplexity"], body)
+
+
+def needle_table() -> str:
+    cells: dict[tuple[int, str], list[Row]] = {}
+    for r in read("needle"):
+        cells.setdefault((int(r["context"]), r["kind"]), []).append(r)
+    body = []
+    for (context, kind), rows in sorted(cells.items()):
+        n = sum(int(r["trials"]) for r in rows)
+        hits = [round(sum(int(r["trials"]) * float(r[f]) for r in rows)) for f in ("recall_reference", "recall")]
+        nll = [sum(int(r["trials"]) * float(r[f]) for r in rows) / n for f in ("answer_nll_reference", "answer_nll")]
+        body.append([f"{context:,}", kind, f"{hits[0]} / {n}", f"{hits[1]} / {n}", f"{nll[0]:.4f}", f"{nll[1]:.4f}"])
+    return markdown(["context", "kind", "16-bit", "folded", "answer NLL, 16-bit", "folded"], body)
+
+
+def demo_table() -> str:
+    body = []
+    for r in latest(read("demo")):
+        mib = [f"{int(r[f]) / 2**20:.1f} MiB" for f in ("reference_bytes", "cache_bytes")]
+        speed = [float(r[f]) for f in ("decode_tokens_per_s_reference", "decode_tokens_per_s")]
+        body.append(
+            [f"{int(r['context']):,}", r["profile"], *mib, f"{float(r['ratio']):.2f}x", f"{speed[1] / speed[0]:.1f}x"]
+            + [f"{100 * float(r['recall_reference']):.0f} % / {100 * float(r['recall']):.0f} %"]
+        )
+    return markdown(
+        ["tokens", "profile", "16-bit", "folded", "smaller", "decode faster", "recall 16-bit / folded"], body
+    )
+
+
+def memory_table() -> str:
+    body = []
+    for r in latest(read("memory")):
+        share = [f"{100 * float(r[f]):.0f} %" for f in ("stock_share", "folded_share", "over_cache_share")]
+        body.append([f"{int(r['context']):,}", *share])
+    return markdown(["prompt tokens", "stock cache (float32)", "folded", "of it beyond the folded bytes"], body)
+
+
+def bench_table() -> str:
+    """Decode on the machine's best level, one thread: a row per context and width, a column per contender."""
+    cases: dict[tuple[int, str], dict[str, Row]] = {}
+    for r in read("cpu"):
+        if (r["op"], r["query_heads"], r["threads"], r["level"]) == ("decode", "32", "1", BEST_LEVEL):
+            cases.setdefault((int(r["context"]), r["key_bits"]), {})[r["contender"]] = r
+    body = []
+    for (context, bits), rows in sorted(cases.items()):
+        if "torch-sdpa" in rows:
+            ratios = [f"{float(rows[c]['ratio']):.1f}x" for c in ("torch-sdpa", "torch-sdpa-folded")]
+            own = rows["kvfold"]
+            floor = f"{100 * float(own['floor_fraction']):.0f} %"
+            body.append([f"{context:,}", bits, f"{float(own['median_ms']):.2f} ms", *ratios, floor])
+    return markdown(["context", "bits", "kvfold", "x torch", "x torch, group as queries", "of the read floor"], body)
+
+
+def distortion_table() -> str:
+    body = []
+    for r in read("distortion"):
+        if option(r, "dim", "128") != "128":
+            continue
+        upper = f"{float(r['upper_bound']):.4f}" if r["upper_bound"] else "-"
+        body.append(
+            [r["codec"], f"{float(r['bits']):g}", f"{float(r['bits_per_value']):.3f}", f"{float(r['mse']):.5f}"]
+            + [f"{float(r['lower_bound']):.5f}", upper, f"{float(r['ip_slope']):.4f}"]
+            + [f"{float(r['ip_variance_times_dim']):.4f}"]
+        )
+    head = ["codec", "bits", "stored bits", "mse", "Shannon", "paper's bound", "slope", "d · variance"]
+    return markdown(head, body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "eval": eval_table,
+    "needle": needle_table,
+    "demo": demo_table,
+    "memory": memory_table,
+    "bench": bench_table,
+    "distortion": distortion_table,
+}
+
+
+def main(check: bool) -> None:
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = re.sub(
+        r"<!-- table: (\w+) -->\n.*?<!-- end -->",
+        lambda m: f"<!-- table: {m[1]} -->\n{TABLES[m[1]]()}\n<!-- end -->",
+        before,
+        flags=re.DOTALL,
+    )
+    if check and before != after:
+        sys.exit("README.md's tables are not those of bench/results; run python scripts/tables.py")
+    path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main("--check" in sys.argv[1:])

@@ -1,0 +1,153 @@
+"""Decode attention on a GPU: folded pages against the 16-bit kernels of torch, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kvfold.bench.cuda_timing import Timing, rotations, time_calls, time_launches
+from kvfold.config import CacheSpec, SideSpec
+from kvfold.engine.cuda.engine import CudaEngine, sequence_words
+from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
+
+CODECS = {"4": ("mse", 4), "3": ("mse", 3), "2": ("mse", 2), "u": ("uniform", 2)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """lengths: tokens per sequence, the new one included. scattered: pages in random places instead of in order."""
+
+    lengths: tuple[int, ...]
+    scattered: bool = False
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+
+    @property
+    def values(self) -> int:
+        """Numbers of K and V together."""
+        return 2 * sum(self.lengths) * self.kv_heads * self.dim
+
+
+def engine(key: str, value: str, shape: Shape, bulk: bool | None = None, search: int = 1) -> CudaEngine:
+    (kc, kb), (vc, vb) = CODECS[key], CODECS[value]
+    spec = CacheSpec(SideSpec(kc, kb, "unbiased", search=search), SideSpec(vc, vb, "least-squares", search=search))
+    return CudaEngine(
+        spec, LayerShape(0, shape.kv_heads, shape.dim, 2), torch.bfloat16, torch.device("cuda", 0), bulk=bulk
+    )
+
+
+def random_pages(e: CudaEngine, count: int) -> Tensor:
+    """Pages of random codes (every bit pattern is a valid code) with plausible scales; the means are random codes times 0."""
+    f, device = e.fragments, e.device
+    rows = torch.randint(-(2**31), 2**31 - 1, (count, f.page_bytes // 4), dtype=torch.int32, device=device).view(
+        torch.uint8
+    )
+    half = rows.view(count, e.shape.kv_heads, 2, f.half_bytes)
+
+    def put(at: int, scale: Tensor) -> None:
+        half[..., at : at + 2 * scale.shape[-1]] = scale.half().view(torch.uint8)
+
+    for side, book in zip(("key", "value"), e._books, strict=True):
+        at = f._codes(side, 0)
+        put(at.stop, (0.2 + 1.6 * torch.rand(count, e.shape.kv_heads, 2, 64, device=device)) * book.step)
+    return rows
+
+
+class FoldedBatch:
+    """One rotating input: pages of all sequences in random places of one slab, rings, sinks, tables on the device."""
+
+    def __init__(self, e: CudaEngine, shape: Shape) -> None:
+        self.e, self.shape = e, shape
+        h, d, device = shape.kv_heads, shape.dim, e.device
+        folded = [e.spec.folded_tokens(n - 1) for n in shape.lengths]
+        self.slab = random_pages(e, sum(folded) // 128)
+        order = (torch.randperm if shape.scattered else torch.arange)(len(self.slab), device=device)
+        self.table = order * e.page_bytes + self.slab.data_ptr()
+        ring = e.spec.ring_tokens()
+        self.exact = [torch.randn(4, h, ring, d, device=device, dtype=torch.bfloat16) for _ in shape.lengths]
+        words, at = [], 0
+        for n, f, x in zip(shape.lengths, folded, self.exact, strict=True):
+            pages = self.table[at : at + max(1, f // 128)]
+            words.append(torch.from_numpy(sequence_words(x[0], x[1], x[2], x[3], pages, n - 1, f, 0, f % ring, ring)))
+            at += f // 128
+        self.sequences = torch.stack(words).to(device)
+        b = len(shape.lengths)
+        self.q = torch.randn(b, shape.heads, 1, d, device=device, dtype=torch.bfloat16)
+        self.k, self.v = torch.randn(2, b, h, 1, d, device=device, dtype=torch.bfloat16)
+        self.out = torch.empty_like(self.q)
+        exact = sum(n - f + e.spec.sinks for n, f in zip(shape.lengths, folded, strict=True))
+        self.bytes = self.slab.nbytes + 8 * len(self.table) + 4 * exact * h * d
+
+    def call(self, variant: tuple[int, ...] | None = None, dependent: bool = True) -> Callable[[], None]:
+        return lambda: self.e.attend_rows(
+            self.q, self.k, self.v, self.shape.dim**-0.5, self.sequences, self.out, variant, dependent
+        )
+
+
+def folded_batches(e: CudaEngine, shape: Shape) -> list[FoldedBatch]:
+    first = FoldedBatch(e, shape)
+    return [first, *(FoldedBatch(e, shape) for _ in range(rotations(first.bytes) - 1))]
+
+
+def repeat(batches: int, call_bytes: int) -> int:
+    """Calls per measurement: whole rounds over the rotating inputs, at least a few for short calls."""
+    least = 8 if call_bytes < 2e8 else 2 if call_bytes < 1e9 else 1
+    return max(batches, least)
+
+
+def time_folded(batches: list[FoldedBatch], variant: tuple[int, ...] | None = None, dependent: bool = True) -> Timing:
+    n = repeat(len(batches), batches[0].bytes)
+    return time_calls([batches[i % len(batches)].call(variant, dependent) for i in range(n)])
+
+
+def time_sixteen_bit(shape: Shape, backend: SDPBackend) -> Timing:
+    """scaled_dot_product_attention over a bfloat16 cache; all sequences as long as the longest."""
+    b, n, h, d = len(shape.lengths), max(shape.lengths), shape.kv_heads, shape.dim
+    call_bytes = 4 * b * n * h * d
+    q = torch.randn(b, shape.heads, 1, d, device="cuda", dtype=torch.bfloat16)
+    caches = [
+        tuple(torch.randn(b, h, n, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        for _ in range(rotations(call_bytes))
+    ]
+
+    def call(i: int) -> Callable[[], Tensor]:
+        k, v = caches[i % len(caches)]
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=shape.heads != h)
+
+    with sdpa_kernel([backend]):
+        return time_calls([call(i) for i in range(repeat(len(caches), call_bytes))])
+
+
+def time_fold(e: CudaEngine, pages: int) -> Timing:
+    """One fold call over `pages` pages of all KV heads, as a prefill chunk leaves them: keys [H, T, D] cut into pages."""
+    h, d = e.shape.kv_heads, e.shape.head_dim
+    k, v = torch.randn(2, h, pages * 128, d, device=e.device, dtype=torch.bfloat16)
+    out = torch.empty(pages, e.page_bytes, dtype=torch.uint8, device=e.device)
+    addresses = torch.arange(pages, device=e.device) * e.page_bytes + out.data_ptr()
+    kp, vp = (x.unflatten(1, (-1, 128)).transpose(0, 1) for x in (k, v))
+    return time_calls([lambda: e.fold_to(kp, vp, True, addresses)])
+
+
+def time_prefill(e: CudaEngine, prefix: int, new: int, heads: int) -> tuple[Timing, Timing]:
+    """`new` tokens over a folded prefix, against two flash calls (prefix, causal new part) over a 16-bit cache."""
+    h, d, device = e.shape.kv_heads, e.shape.head_dim, e.device
+    q = torch.randn(1, heads, new, d, device=device, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, h, new, d, device=device, dtype=torch.bfloat16)
+    sinks = torch.randn(2, h, e.spec.sinks, d, device=device, dtype=torch.bfloat16)
+    recent = torch.randn(2, h, 64, d, device=device, dtype=torch.bfloat16)
+    pages = random_pages(e, prefix // 128)
+    row = SequenceView([pages], prefix, sinks[0], sinks[1], recent[0], recent[1], 0, None, None)
+    folded = time_launches(lambda: e.attend(AttendRequest(q, k, v, d**-0.5, [row])))
+    past = torch.randn(2, 1, h, prefix, d, device=device, dtype=torch.bfloat16)
+
+    def sixteen_bit() -> None:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+            torch.nn.functional.scaled_dot_product_attention(q, past[0], past[1], enable_gqa=True)
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return folded, time_launches(sixteen_bit)

@@ -1,0 +1,182 @@
+"""Verbs that measure: demo, distortion, eval, needle, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvfold.cli import common
+from kvfold.config import CacheSpec
+from kvfold.errors import EvaluationError, InvalidConfig
+from kvfold.loading import Options, load
+from kvfold.profiles import load as load_profile
+
+
+def demo(
+    profile: common.ProfileName = "balanced",
+    context: Annotated[str, typer.Option(help="Tokens of the document.")] = "32k",
+    json: common.Json = False,
+) -> None:
+    """Needle recall, memory and speed of the shipped model, 16-bit against folded."""
+    from kvfold.evaluation.demo import run
+
+    with common.progress("reading a long document twice") as report:
+        result = run(profile, common.numbers([context], "--context", whole=True)[0], report)
+    if json:
+        common.show_json(result)
+        return
+    common.show_fields(result, f"recall-llama-12m, {result['context']:,} tokens, profile {profile}")
+
+
+def distortion(
+    dim: Annotated[int, typer.Option(help="head_dim of the vectors.")] = 128,
+    bits: Annotated[str | None, typer.Option(help="Widths, such as 1,2,3,4; not for fixed-rate codecs.")] = None,
+    codec: Annotated[str, typer.Option(help="mse, uniform, prod, qjl, polar or split.")] = "mse",
+    json: common.Json = False,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+) -> None:
+    """Squared error and inner-product error of a codec on random vectors, beside the theory's bounds."""
+    from kvfold.evaluation.distortion import measure
+
+    widths = common.numbers([bits, *(more or [])], "--bits", whole=False) if bits is not None else []
+    rows = measure(dim, widths, codec)
+    if json:
+        common.show_json({"dim": dim, "rows": rows})
+        return
+    common.show_table(rows, f"distortion at head_dim {dim}")
+
+
+def _spec(profile: str, **overrides: Any) -> CacheSpec:
+    return load_profile(profile).spec.with_overrides(**overrides)
+
+
+def eval_(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text to score; documents separated by NUL. Default: shipped docs.")
+    ] = None,
+    profile: common.ProfileName = "balanced",
+    windows: Annotated[int, typer.Option(min=1, help="How many windows.")] = 4,
+    window_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    skip: Annotated[int, typer.Option(min=0, help="Windows to skip first.")] = 0,
+    key_codec: Annotated[str | None, typer.Option()] = None,
+    key_bits: Annotated[float | None, typer.Option()] = None,
+    value_codec: Annotated[str | None, typer.Option()] = None,
+    value_bits: Annotated[float | None, typer.Option()] = None,
+    window: Annotated[int | None, typer.Option(help="Newest tokens kept exact.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="First tokens kept exact.")] = None,
+    centre: Annotated[bool | None, typer.Option("--centre/--no-centre", help="Subtract the mean key.")] = None,
+    scale: Annotated[str | None, typer.Option(help="norm, unbiased, least-squares or match, for both sides.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the rotations.")] = None,
+    dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
+    revision: common.Revision = None,
+    device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    trust_remote_code: common.Trust = False,
+    chat_template: common.Template = None,
+    offline: common.Offline = False,
+    json: common.Json = False,
+) -> None:
+    """KL divergence, top-1 agreement and perplexity through a folded cache against the model's own cache."""
+    spec = _spec(
+        profile,
+        key_codec=key_codec,
+        key_bits=key_bits,
+        value_codec=value_codec,
+        value_bits=value_bits,
+        window=window,
+        sinks=sinks,
+        centre=centre,
+        scale=scale,
+        seed=seed,
+    )
+    content = _text(text)
+    loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, chat_template, offline))
+    from kvfold.evaluation.divergence import evaluate
+    from kvfold.evaluation.text import windows as cut
+
+    with common.progress("scoring") as report:
+        result = evaluate(loaded.model, cut(content, loaded.tokenizer, windows, window_tokens, skip), spec, report)
+    if json:
+        common.show_json(result)
+        return
+    common.show_fields(result, f"{model}, profile {profile}, {windows} windows of {window_tokens}")
+
+
+def _text(path: Path | None) -> str:
+    if path is None:
+        from kvfold.evaluation.text import haystack
+
+        return haystack()
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise EvaluationError(f"no file {path}", "Give --text a UTF-8 text file") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise EvaluationError(
+            f"{path} cannot be read as UTF-8 text ({error})", "Give --text a UTF-8 text file"
+        ) from error
+
+
+def needle(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")],
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens, such as 2k,8k,32k.")] = "2k,8k",
+    profile: common.ProfileName = "balanced",
+    kinds: Annotated[str | None, typer.Option(help="Needle kinds, comma-separated; default all four.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Answers per context, depth and kind.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of documents and needles.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Write heat maps to this file.")] = None,
+    dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
+    revision: common.Revision = None,
+    device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    trust_remote_code: common.Trust = False,
+    chat_template: common.Template = None,
+    offline: common.Offline = False,
+    json: common.Json = False,
+) -> None:
+    """Facts hidden in long texts: how many come back through the folded cache, and through the 16-bit one."""
+    lengths = common.numbers([contexts, *(more or [])], "--contexts", whole=True)
+    if min(lengths) < 1:
+        raise InvalidConfig("a context has no tokens", "Use 2048 tokens or more")
+    spec = load_profile(profile).spec
+    loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, chat_template, offline))
+    from kvfold.evaluation.needle import grid
+    from kvfold.evaluation.plots import heat_maps
+
+    chosen = kinds.split(",") if kinds else None
+    with common.progress("reading documents") as report:
+        rows = grid(loaded.model, loaded.tokenizer, lengths, spec, chosen, trials, seed, report)
+    if plot is not None:
+        heat_maps(rows, str(plot))
+    if json:
+        common.show_json({"model": model, "profile": profile, "rows": rows})
+        return
+    common.show_table(rows, f"needles, {model}, profile {profile}")
+
+
+def memory(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")],
+    context: Annotated[str, typer.Option(help="Tokens of the prompt.")] = "32k",
+    profile: common.ProfileName = "balanced",
+    json: common.Json = False,
+) -> None:
+    """Peak memory of prefill and 64 steps, beyond model and activations: no cache, 16-bit and folded, a process each."""
+    from kvfold.evaluation.memory import measure
+
+    result = measure(model, common.numbers([context], "--context", whole=True)[0], load_profile(profile).name)
+    if json:
+        common.show_json(result)
+        return
+    common.show_fields(result, f"{model}, profile {profile}")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(demo)
+    app.command()(distortion)
+    app.command("eval")(eval_)
+    app.command()(needle)
+    app.command()(memory)

@@ -1,0 +1,78 @@
+"""Verbs that tell: profiles, doctor."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from kvfold.cli import common
+from kvfold.profiles import load, names
+
+
+def profiles(json: common.Json = False) -> None:
+    """The named choices there are, and what each is for."""
+    rows: list[dict[str, Any]] = []
+    for name in names():
+        p = load(name)
+        s = p.spec
+        rows.append(
+            {
+                "name": name,
+                "key": f"{s.key.codec} {s.key.bits:g}",
+                "value": f"{s.value.codec} {s.value.bits:g}",
+                "window": s.window,
+                "sinks": s.sinks,
+                "centre": s.centre,
+                "purpose": p.purpose,
+            }
+        )
+    if json:
+        common.show_json({"profiles": rows})
+        return
+    common.show_table(rows, "profiles")
+
+
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="A model to look at, too.")] = None, json: common.Json = False
+) -> None:
+    """What this machine and installation can do, and why not the rest."""
+    from kvfold.diagnosis import engines, machine, model_layers
+
+    data: dict[str, Any] = {"machine": machine(), "packages": _versions(), "engines": engines()}
+    if model is not None:
+        data["model"] = model_layers(model)
+    if json:
+        common.show_json(data)
+        return
+    common.show_fields(data["machine"], "machine")
+    common.show_fields(data["packages"], "packages")
+    common.show_table(data["engines"], "engines")
+    if model is not None:
+        common.show_table(data["model"], f"layers of {model}")
+
+
+def _versions() -> dict[str, str]:
+    out = {}
+    for name in (
+        "kvfold",
+        "numpy",
+        "torch",
+        "transformers",
+        "accelerate",
+        "safetensors",
+        "gguf",
+        "matplotlib",
+        "triton",
+    ):
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(profiles)
+    app.command()(doctor)

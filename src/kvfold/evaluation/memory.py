@@ -1,0 +1,74 @@
+"""Peak memory of prefill and decode, each cache in a process of its own.
+
+The baseline process makes the same calls without any cache: what it needs is the model and its activations. What a
+cache's process needs beyond that is the cache's doing: its bytes, its workspace and its allocator's waste.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from typing import Any
+
+PREFILL_TOKENS = 2048
+DECODE_TOKENS = 64
+
+
+def peak(kind: str, source: str, context: int, profile: str) -> dict[str, int]:
+    """Run in a fresh process: peak resident bytes with `kind` of cache (none, stock or folded), and the cache's bytes."""
+    command = [sys.executable, "-m", __name__, kind, source, str(context), profile]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(source: str, context: int, profile: str) -> dict[str, float | int]:
+    """What each cache needs beyond model and activations, in bytes and as shares of the 16-bit cache."""
+    none, stock, folded = (peak(kind, source, context, profile) for kind in ("none", "stock", "folded"))
+    reference = folded["reference_bytes"]
+    beyond = {k: r["peak"] - none["peak"] for k, r in (("stock", stock), ("folded", folded))}
+    return {
+        "context": context,
+        "baseline_peak_bytes": none["peak"],
+        "stock_beyond_bytes": beyond["stock"],
+        "folded_beyond_bytes": beyond["folded"],
+        "cache_bytes": folded["cache_bytes"],
+        "reference_bytes": reference,
+        "stock_share": beyond["stock"] / reference,
+        "folded_share": beyond["folded"] / reference,
+        "over_cache_share": (beyond["folded"] - folded["cache_bytes"]) / reference,
+    }
+
+
+def _child(kind: str, source: str, context: int, profile: str) -> dict[str, int]:
+    import torch
+    from transformers import DynamicCache
+
+    from kvfold.adapters.hf_transformers import FoldedCache, attach
+    from kvfold.cache.memory import return_large_blocks
+    from kvfold.evaluation.text import haystack, stream
+    from kvfold.loading import Options, load
+
+    return_large_blocks()  # a folded cache does so; without it the other processes' peaks vary by 80 MB from run to run
+    loaded = load(source, Options(dtype="float32"))
+    model = loaded.model
+    ids = torch.tensor([stream(haystack(), loaded.tokenizer, context)[:context]])
+    caches: dict[str, Any] = {"none": lambda: None, "stock": lambda: DynamicCache(config=model.config)}
+    cache = caches[kind]() if kind in caches else FoldedCache(model.config, profile=profile)
+    attach(model)
+    with torch.no_grad():
+        for start in range(0, context, PREFILL_TOKENS):
+            part = ids[:, start : start + PREFILL_TOKENS]
+            out = model(part, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        for _ in range(DECODE_TOKENS):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+    result = {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if isinstance(cache, FoldedCache):
+        result |= {"cache_bytes": cache.nbytes, "reference_bytes": cache.reference_bytes}
+    return result
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_child(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])) + "\n")
