@@ -1,0 +1,52 @@
+"""Every architecture compiles every kernel within its budget of registers and spills. Needs NVRTC, no GPU."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from kvfold.engine.cuda import driver
+from kvfold.engine.cuda.arguments import plan_rings, shared_limit
+from kvfold.errors import NoImplementation
+
+# Bytes of register spills a variant may have. The page loop itself holds almost none (see docs/gpu.md); what spills lies
+# before and after it. fold and unfold keep all but a word in registers.
+SPILL_BUDGET = {"decode.cu": 320, "fold.cu": 8, "unfold.cu": 0}
+CAPABILITY = {"80": (8, 0), "86": (8, 6), "90": (9, 0), "100": (10, 0), "120": (12, 0)}
+ARCHS = tuple(CAPABILITY)
+FORMATS = ((4, 4), (3, 3), (1, 1), (3, 1))
+
+pytestmark = pytest.mark.slow
+
+
+def resources(name: str, variant: tuple[int, ...], arch: str) -> tuple[int, int]:
+    """(registers, bytes of spill stores) of the kernel's entry."""
+    try:
+        driver.nvrtc()
+    except NoImplementation as error:
+        pytest.skip(error.message)
+    _, report = driver.compile_text(name, driver.specialised(name, variant), arch)
+    spills = [int(x) for x in re.findall(r"(\d+) bytes spill stores", report)]
+    return max(int(x) for x in re.findall(r"Used (\d+) registers", report)), max(spills, default=0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("dim", "groups"), [(64, 1), (128, 1), (256, 1), (128, 2), (128, 4)])
+def test_decode_fits(arch: str, dim: int, groups: int) -> None:
+    for key, value in FORMATS:
+        warps, slots = plan_rings(dim, (key, value), True, groups, shared_limit(CAPABILITY[arch]))
+        variant = (dim, key, value, 1, groups, warps, slots, int(CAPABILITY[arch] >= (9, 0)), 0, 0)
+        registers, spilled = resources("decode.cu", variant, arch)
+        assert registers * warps * 32 <= 65536, (variant, registers)
+        assert spilled <= SPILL_BUDGET["decode.cu"], (variant, spilled)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["fold.cu", "unfold.cu"])
+def test_fold_and_unfold_stay_in_registers(arch: str, name: str) -> None:
+    for dim in (64, 128, 256):
+        for key, value in FORMATS:
+            registers, spilled = resources(name, (dim, key, value, 1, 0), arch)
+            assert registers <= 128, (dim, key, value, registers)
+            assert spilled <= SPILL_BUDGET[name], (dim, key, value, spilled)

@@ -1,0 +1,159 @@
+// Every level this machine has against the scalar one, through the C interface: same bytes when folding, same attention within the
+// rounding of queries and weights. Buffers end where an inaccessible page begins, so that a read past the end dies at once.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "../../csrc/kvfold_cpu.h"
+
+#if defined(_WIN32)
+#include <malloc.h>
+#else
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+// Levels round weights relative to blocks of different sizes; each is promised to be this close to float64.
+constexpr double kTolerance = 5e-4;
+constexpr int kPages = 5, kTokens = 128, kSinks = 4, kRecent = 9;
+
+class Guarded {  // `bytes` that end at an inaccessible page; the start is 64-byte aligned if bytes is a multiple of 64
+ public:
+  explicit Guarded(std::size_t bytes) {
+#if defined(_WIN32)
+    data_ = static_cast<unsigned char*>(_aligned_malloc(bytes, 64));
+#else
+    const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE)), whole = (bytes + page - 1) / page * page;
+    auto* base = static_cast<unsigned char*>(mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0));
+    if (base == MAP_FAILED || mprotect(base + whole, page, PROT_NONE) != 0) std::abort();
+    data_ = base + (whole - bytes);
+#endif
+    std::memset(data_, 0xAA, bytes);
+  }
+  unsigned char* bytes() const { return data_; }
+  float* floats() const { return reinterpret_cast<float*>(data_); }
+
+ private:
+  unsigned char* data_;
+};
+
+unsigned state = 12345;
+float uniform() {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(state >> 8) / 16777216.0f;
+}
+float gaussian() { return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.2831853f * uniform()); }
+
+Guarded vectors(std::size_t count) {
+  Guarded out(count * sizeof(float));
+  for (std::size_t i = 0; i < count; ++i) out.floats()[i] = gaussian();
+  return out;
+}
+
+kvf_side side(int bits, int rule, int searches) {
+  kvf_side out = {};
+  out.bits = bits;
+  out.scale_rule = rule;
+  out.searches = searches;
+  out.step = 2.8f / 63;
+  const int count = 1 << bits;
+  for (int i = 0; i < count; ++i) out.levels[i] = static_cast<signed char>(std::lrint((2.0 * i / (count - 1) - 1) * 63));
+  for (int i = 0; i + 1 < count; ++i) out.thresholds[i] = out.step * 0.5f * static_cast<float>(out.levels[i] + out.levels[i + 1]);
+  return out;
+}
+
+int failures = 0;
+void check(bool good, const char* what, const char* level, int dim, int bits, double error = 0) {
+  if (good) return;
+  ++failures;
+  std::printf("FAILED %s: level %s, head_dim %d, %d bits, error %.2e\n", what, level, dim, bits, error);
+}
+
+struct Case {
+  int dim, heads, group, new_tokens;
+  kvf_format format = {};
+  std::vector<float> signs;
+  Guarded keys, values, query, recent;
+  std::vector<Guarded> rows;
+  std::vector<std::uint64_t> addresses;
+
+  Case(int d, int h, int g, int n, int key_bits, int value_bits)
+      : dim(d), heads(h), group(g), new_tokens(n), signs(2u * h * d), keys(vectors(std::size_t{kPages} * h * kTokens * d)),
+        values(vectors(std::size_t{kPages} * h * kTokens * d)), query(vectors(std::size_t(h) * g * n * d)),
+        recent(vectors(std::size_t(h) * (kRecent + n + kSinks) * d)) {
+    for (auto& s : signs) s = uniform() < 0.5f ? -1.0f : 1.0f;
+    format = {d, h, kSinks, 1, side(key_bits, KVF_SCALE_UNBIASED, 3), side(value_bits, KVF_SCALE_LEAST_SQUARES, 1), signs.data(),
+              signs.data() + h * d};
+    for (int p = 0; p < kPages; ++p) {
+      rows.emplace_back(static_cast<std::size_t>(kvf_row_bytes(&format)));
+      addresses.push_back(reinterpret_cast<std::uint64_t>(rows.back().bytes()));
+    }
+  }
+
+  std::vector<unsigned char> fold(int level) {
+    const std::int64_t head = std::int64_t{kTokens} * dim;
+    const kvf_vectors k{keys.bytes(), heads * head, head, dim}, v{values.bytes(), heads * head, head, dim};
+    if (kvf_fold(&format, level, 2, KVF_FLOAT32, k, v, kPages, 1, addresses.data()) != KVF_OK) return {};
+    std::vector<unsigned char> all;
+    for (auto& row : rows) all.insert(all.end(), row.bytes(), row.bytes() + kvf_row_bytes(&format));
+    return all;
+  }
+
+  std::vector<float> attend(int level) const {
+    const auto part = [&](int first, int tokens) {
+      return kvf_vectors{recent.floats() + std::int64_t{first} * heads * dim, 0, std::int64_t{tokens} * dim, dim};
+    };
+    const kvf_vectors old = part(0, kRecent), sinks = part(kRecent, kSinks), fresh = part(kRecent + kSinks, new_tokens);
+    const kvf_sequence sequence{addresses.data(), kPages * kTokens - 50, kRecent, 0, old, old, sinks, sinks};
+    std::vector<float> out(std::size_t(heads) * group * new_tokens * dim);
+    const kvf_vectors q{query.bytes(), 0, std::int64_t{new_tokens} * dim, dim};
+    const kvf_attend_request request{&format, &sequence, 1, heads * group, new_tokens, KVF_FLOAT32, KVF_FLOAT32, level, 2,
+                                     0.3f,    q,         fresh, fresh,       out.data()};
+    if (kvf_attend(&request) != KVF_OK) return {};
+    return out;
+  }
+};
+
+void compare(Case& c, int scalar, int bits) {
+  const auto bytes = c.fold(scalar);
+  const auto wanted = c.attend(scalar);
+  for (int level = 0; level < scalar; ++level) {
+    if (kvf_level_reason(level)[0] != '\0') continue;
+    check(c.fold(level) == bytes, "bytes", kvf_level_name(level), c.dim, bits);
+    const auto got = c.attend(level);
+    double error = 0, norm = 0;
+    for (std::size_t i = 0; i < wanted.size(); ++i) {
+      error += std::pow(double{got[i]} - wanted[i], 2);
+      norm += std::pow(double{wanted[i]}, 2);
+    }
+    check(std::sqrt(error / norm) < kTolerance, "attention", kvf_level_name(level), c.dim, bits, std::sqrt(error / norm));
+  }
+  std::vector<unsigned char> canonical(kvf_row_bytes(&c.format)), back(kvf_row_bytes(&c.format));
+  kvf_to_canonical(&c.format, c.rows[0].bytes(), canonical.data());
+  kvf_from_canonical(&c.format, canonical.data(), back.data());
+  check(std::memcmp(back.data(), c.rows[0].bytes(), back.size()) == 0, "bijection", "all", c.dim, bits);
+  std::vector<float> keys(std::size_t(c.heads) * kTokens * c.dim), values(keys.size());
+  check(kvf_unfold(&c.format, scalar, c.rows[0].bytes(), keys.data(), values.data()) == KVF_OK, "unfold", "scalar", c.dim, bits);
+}
+
+}  // namespace
+
+int main() {
+  const int scalar = kvf_level_count() - 1;
+  for (int i = 0; i <= scalar; ++i) std::printf("level %s: %s\n", kvf_level_name(i), *kvf_level_reason(i) ? kvf_level_reason(i) : "runs");
+  const int bits[][2] = {{4, 4}, {3, 2}, {2, 3}};
+  const int shapes[][2] = {{1, 1}, {3, 1}, {4, 2}, {8, 5}, {16, 9}};  // query group, new tokens
+  for (int dim : {64, 128, 256})
+    for (const auto& b : bits)
+      for (const auto& s : shapes) {
+        Case c(dim, 3, s[0], s[1], b[0], b[1]);
+        compare(c, scalar, b[0]);
+      }
+  std::printf(failures == 0 ? "all levels agree\n" : "%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
