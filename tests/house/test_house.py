@@ -159,7 +159,13 @@ def test_all_is_the_public_names() -> None:
     source = ast.parse((SOURCE / "__init__.py").read_text())
     bound = {a.asname or a.name for n in source.body if isinstance(n, ast.ImportFrom) for a in n.names}
     bound |= {n.name for n in source.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    public = {n for n in bound if not n.startswith("_")} - {"annotations", "TYPE_CHECKING", "Any", "MissingExtra"}
+    public = {n for n in bound if not n.startswith("_")} - {
+        "annotations",
+        "TYPE_CHECKING",
+        "Any",
+        "MissingExtra",
+        "import_module",
+    }
     assert public <= set(kvfold.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = kvfold.nothing
