@@ -16,6 +16,7 @@ from kvfold.errors import KvfoldError, MissingExtra
 if TYPE_CHECKING:
     from kvfold.adapters.hf_transformers import FoldedCache, attach, detach, register
     from kvfold.sessions.session import Session
+    from kvfold.sessions.store import SessionStore
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "FoldedCache",
     "KvfoldError",
     "Session",
+    "SessionStore",
     "SideSpec",
     "__version__",
     "attach",
@@ -31,9 +33,8 @@ __all__ = [
 ]
 
 _ADAPTER = "kvfold.adapters.hf_transformers"
-_LAZY = dict.fromkeys(("FoldedCache", "attach", "detach", "register"), _ADAPTER) | {
-    "Session": "kvfold.sessions.session"
-}
+_LAZY = dict.fromkeys(("FoldedCache", "attach", "detach", "register"), _ADAPTER)
+_LAZY |= {"Session": "kvfold.sessions.session", "SessionStore": "kvfold.sessions.store"}
 
 
 def __getattr__(name: str) -> Any:
@@ -42,7 +43,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers"):
+        if error.name not in ("torch", "transformers", "safetensors", "xxhash"):
             raise
         raise MissingExtra.of(f"kvfold.{name}", str(error.name), "transformers") from error
 

@@ -20,6 +20,14 @@ KvfoldError
 │   ├── NeedsRemoteCode
 │   └── UnsupportedModel
 ├── MissingExtra             an optional dependency is not installed
+├── SessionError             a session on disk, or a store of sessions
+│   ├── SessionNotFound      there is none of that name or in that folder
+│   ├── SessionExists        there is one already, or something that is not a session
+│   ├── WrongModel           made with another model, tokenizer, adapter or dtype
+│   ├── WrongVersion         written by a newer kvfold
+│   ├── DamagedSession       bytes differ from their checksums; says how much of it is whole
+│   ├── StorageFailed        the disk is full, or refuses
+│   └── OverBudget           more memory than the store may use, and nothing left to write out
 └── EvaluationError          text too short, context too long, and the like
 """
 
@@ -126,6 +134,49 @@ class MissingExtra(KvfoldError, ImportError):
     @classmethod
     def of(cls, what: str, package: str, extra: str) -> MissingExtra:
         return cls(f"{what} needs the package {package!r}", f"Install it with: pip install 'kvfold[{extra}]'")
+
+
+class SessionError(KvfoldError):
+    pass
+
+
+class SessionNotFound(SessionError):
+    pass
+
+
+class SessionExists(SessionError):
+    pass
+
+
+class WrongModel(SessionError):
+    pass
+
+
+class WrongVersion(SessionError):
+    pass
+
+
+class DamagedSession(SessionError):
+    """`prefix_tokens`: how many tokens can be restored all the same, with `Session.load(..., undamaged=True)`."""
+
+    prefix_tokens = 0
+
+    @classmethod
+    def at(cls, where: str, prefix_tokens: int) -> DamagedSession:
+        cure = "Restore a copy, or prefill it again"
+        if prefix_tokens:
+            cure = f"Load its first {prefix_tokens} tokens, which are whole, with undamaged=True, or restore a copy"
+        error = cls(f"the session is damaged: {where}", cure)
+        error.prefix_tokens = prefix_tokens
+        return error
+
+
+class StorageFailed(SessionError):
+    pass
+
+
+class OverBudget(SessionError):
+    pass
 
 
 class EvaluationError(KvfoldError, ValueError):

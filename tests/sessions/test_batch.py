@@ -2,72 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from talk import FAMILIES, OTHERS, continuation, filled, pages, runner, words
 
 from kvfold.adapters.hf_batch import Batch
 from kvfold.config import CacheSpec
 from kvfold.errors import CacheMisuse, CannotTrim, InvalidConfig, InvalidInput
 from kvfold.sessions.batch import SessionBatch
-from kvfold.sessions.runner import CALL_TOKENS, Runner
+from kvfold.sessions.runner import CALL_TOKENS
 from kvfold.sessions.sampler import Sampler
 from kvfold.sessions.session import Session
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
-import tiny
-
 LENGTH, STEPS = 310, 14  # a page is folded at 320 tokens
-OTHERS = ("llama", "llama64", "gemma3", "mistral")
-FAMILIES = (*OTHERS, "qwen3_next", "hybrid")
-
-
-@functools.cache
-def model_of(family: str) -> Any:
-    """A tiny model; `hybrid` has linear-attention layers like qwen3_next, and no experts."""
-    if family != "hybrid":
-        return tiny.make(family)
-    tiny.CONFIGS["hybrid"] = lambda: _dense(tiny.CONFIGS["qwen3_next"]())
-    return tiny.make("hybrid")
-
-
-def _dense(config: Any) -> Any:
-    config.num_experts = config.num_experts_per_tok = 0
-    config.mlp_only_layers = list(range(config.num_hidden_layers))
-    return config
-
-
-def runner(family: str, **kwargs: Any) -> Runner:
-    return Runner(model_of(family), **kwargs)
-
-
-def filled(r: Runner, length: int, seed: int = 0) -> Session:
-    s = Session(r)
-    s.extend(tiny.prompt(1, length, seed)[0].tolist())
-    return s
-
-
-def pages(s: Session) -> list[list[bytes]]:
-    """Folded pages of each layer, in canonical bytes."""
-    return [
-        [bytes(x.folded.engine.to_canonical(q.pool.row(p)).tolist()) for q in x.folded.sequences for p in q.pages]
-        for x in s.cache.folded_layers
-    ]
-
-
-def continuation(s: Session, steps: int = 5) -> Tensor:
-    """Logits of greedy steps: the same for sessions in the same state."""
-    out = []
-    token = 7
-    for _ in range(steps):
-        out.append(s.extend([token]))
-        token = int(out[-1].argmax())
-    return torch.stack(out)
 
 
 @pytest.mark.parametrize("family", [*OTHERS, "hybrid"])  # experts are given rows by their neighbours, too
@@ -177,7 +126,7 @@ def test_what_cannot_be_a_batch_is_refused() -> None:
 def test_prefill_is_cut_on_a_grid(family: str) -> None:
     """However tokens arrive at multiples of the grid, the session is the same; feeding half a call is another cut."""
     r = runner(family)
-    ids = tiny.prompt(1, 2 * CALL_TOKENS + 300)[0].tolist()
+    ids = words(2 * CALL_TOKENS + 300)
     whole, parts = Session(r), Session(r)
     want = whole.extend(ids)
     parts.extend(ids[:CALL_TOKENS])
@@ -218,7 +167,7 @@ def test_trim_inside_the_exact_part_is_never_having_been_told() -> None:
 def test_a_call_that_fails_leaves_the_calls_before_it(layer: int) -> None:
     r = runner("llama")
     s = Session(r)
-    ids = tiny.prompt(1, CALL_TOKENS + 50)[0].tolist()
+    ids = words(CALL_TOKENS + 50)
     list(r.calls(0, ids)), r.new_cache()
     calls: list[int] = []
 

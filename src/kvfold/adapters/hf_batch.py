@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from kvfold.adapters.hf_state import tensors_of
 from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer
 from kvfold.cache.guard import CallGuard
 from kvfold.cache.layer import FoldedAttention
@@ -48,22 +49,27 @@ class Batch:
                     "Prefill each cache alone, without padding",
                 )
         self._lengths = [c.get_seq_length() for c in self._caches]
-        self.cache = self._gather()
+        rows = list(zip(*(c.layers for c in self._caches), strict=True))
+        folded = {i: FoldedAttention.gather([x.folded for x in r]) for i, r in enumerate(rows) if _folds(r[0])}
+        for layer, *_ in rows:
+            if not (_folds(layer) or isinstance(layer, BATCHED) or not tensors_of(layer)):
+                raise Unsupported(f"{type(layer).__name__} cannot be batched", "Decode these caches one by one")
         for c in self._caches:
             c.guard.hold()
+        self.cache = self._gather(rows, folded)
 
-    def _gather(self) -> FoldedCache:
+    def _gather(self, rows: list[tuple[Any, ...]], folded: dict[int, FoldedAttention]) -> FoldedCache:
         columns = max(self._lengths)
         batch = copy.copy(self._caches[0])
         batch.guard = CallGuard(batch.guard.last)
         batch.layers = []
-        for rows in zip(*(c.layers for c in self._caches), strict=True):
-            if isinstance(rows[0], FoldedLayer):
-                layer = copy.copy(rows[0])
-                layer.folded, layer.guard = FoldedAttention.gather([x.folded for x in rows]), batch.guard
-                layer.columns, layer.holes = columns, [[(0, columns - n)] if n < columns else [] for n in self._lengths]
+        for i, layers in enumerate(rows):
+            layer = copy.copy(layers[0])
+            if i in folded:
+                layer.folded, layer.guard, layer.columns = folded[i], batch.guard, columns
+                layer.holes = [[(0, columns - n)] if n < columns else [] for n in self._lengths]
             else:
-                layer = _gather_stock(rows, columns)
+                _gather_stock(layer, layers, columns)
             batch.layers.append(layer)
         return batch
 
@@ -96,23 +102,33 @@ class Batch:
         self._caches = []
 
 
-def _gather_stock(rows: Sequence[Any], columns: int) -> Any:
-    """A layer of stock kind whose tensors hold the rows' one above the other; shorter sliding windows padded on the left."""
-    layer = copy.copy(rows[0])
+BATCHED = (DynamicSlidingWindowLayer, LinearAttentionLayer)
+
+
+def _folds(layer: Any) -> bool:
+    return isinstance(layer, FoldedLayer)
+
+
+def _gather_stock(layer: Any, rows: Sequence[Any], columns: int) -> None:
+    """Give a layer of stock kind the rows' tensors, one above the other; shorter sliding windows padded on the left.
+
+    The rows' own layers hold none meanwhile: states of hybrids are large.
+    """
     if isinstance(layer, DynamicSlidingWindowLayer):
         width = max(x.keys.shape[2] for x in rows)
         for name in ("keys", "values"):
             parts = [getattr(x, name) for x in rows]
             setattr(layer, name, torch.cat([torch.nn.functional.pad(t, (0, 0, width - t.shape[2], 0)) for t in parts]))
         layer.cumulative_length = columns
+        for x in rows:
+            x.keys = x.values = None
     elif isinstance(layer, LinearAttentionLayer):
         for name in ("conv_states", "recurrent_states"):
             setattr(layer, name, {i: _rows([getattr(x, name)[i] for x in rows]) for i in getattr(layer, name)})
+            for x in rows:
+                setattr(x, name, dict.fromkeys(getattr(x, name)))
         for name in _FLAGS:
             setattr(layer, name, dict(getattr(layer, name)))
-    else:
-        raise Unsupported(f"{type(layer).__name__} cannot be batched", "Decode these caches one by one")
-    return layer
 
 
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
@@ -128,7 +144,8 @@ def _scatter_stock(batch: Any, layer: Any, row: int, length: int) -> None:
         layer.keys, layer.values = (x[row : row + 1, :, -kept:].clone() for x in (batch.keys, batch.values))
         layer.cumulative_length = length
         return
+    if not isinstance(layer, LinearAttentionLayer):
+        return
     for name in ("conv_states", "recurrent_states"):
         for i, state in getattr(batch, name).items():
-            if state is not None:
-                getattr(layer, name)[i].copy_(state[row : row + 1])
+            getattr(layer, name)[i] = None if state is None else state[row : row + 1].clone()

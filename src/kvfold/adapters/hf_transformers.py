@@ -133,10 +133,10 @@ class FoldedLayer(CacheLayerMixin):
 
     prefetch = offload
 
-    def fork(self, guard: CallGuard) -> FoldedLayer:
+    def fork(self, guard: CallGuard, compact: bool = False) -> FoldedLayer:
         """An independent continuation that shares folded pages."""
         other = copy.copy(self)
-        other.folded, other.guard = self.folded.fork(), guard
+        other.folded, other.guard = self.folded.compact() if compact else self.folded.fork(), guard
         other.holes = [list(runs) for runs in self.holes]
         return other
 
@@ -271,12 +271,17 @@ class FoldedCache(Cache):
             else:
                 x.reset()
 
-    def fork(self) -> FoldedCache:
-        """An independent continuation: folded pages are shared, everything else copied."""
+    def fork(self, compact: bool = False) -> FoldedCache:
+        """An independent continuation: folded pages are shared, everything else copied.
+
+        compact: a copy to go back to, with the least exact tokens; fork it to continue.
+        """
         self.guard.check()
         other = copy.copy(self)
         other.guard = CallGuard(self.guard.last)
-        other.layers = [x.fork(other.guard) if isinstance(x, FoldedLayer) else copy.deepcopy(x) for x in self.layers]
+        other.layers = [
+            x.fork(other.guard, compact) if isinstance(x, FoldedLayer) else copy.deepcopy(x) for x in self.layers
+        ]
         return other
 
     @property
@@ -288,6 +293,11 @@ class FoldedCache(Cache):
     def used_bytes(self) -> int:
         """What this cache's own tokens need, where `nbytes` counts all of the pools that it shares with others."""
         return sum(x.folded.used_bytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+
+    @property
+    def unshared_bytes(self) -> int:
+        """`used_bytes` without pages, which forks share."""
+        return sum(x.folded.exact_bytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
 
     @property
     def reference_bytes(self) -> int:

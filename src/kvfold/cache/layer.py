@@ -196,8 +196,8 @@ class FoldedAttention:
                 s.release()
         self.sequences = chosen
 
-    @classmethod
-    def gather(cls, layers: Sequence[FoldedAttention]) -> FoldedAttention:
+    @staticmethod
+    def gather(layers: Sequence[FoldedAttention]) -> FoldedAttention:
         """A layer whose rows are the rows of all `layers`: the same sequences, so what it appends or trims they have, too.
 
         Raises CacheMisuse if the layers differ in spec, engine, shape, dtype or device, or hold no tokens.
@@ -209,16 +209,20 @@ class FoldedAttention:
                 f"layer {first.layer}: caches of different kinds, or empty ones, cannot be one batch",
                 "Prefill each, and use one model and one profile",
             )
-        other = cls(first.spec, first.layer, first._make)
-        other.__dict__.update(first.__dict__)
-        other.sequences = [s for x in layers for s in x.sequences]
-        return other
+        return first._with([s for x in layers for s in x.sequences])
 
     def fork(self) -> FoldedAttention:
         """An independent continuation of every sequence; pages stay shared until one side folds anew."""
+        return self._with([s.fork() for s in self.sequences])
+
+    def compact(self) -> FoldedAttention:
+        """A fork to be kept and forked again, not continued, with the least exact tokens."""
+        return self._with([s.compact() for s in self.sequences])
+
+    def _with(self, sequences: list[LayerSequence]) -> FoldedAttention:
         other = FoldedAttention(self.spec, self.layer, self._make)
         other.__dict__.update(self.__dict__)
-        other.sequences = [s.fork() for s in self.sequences]
+        other.sequences = sequences
         return other
 
     def clear(self) -> None:
@@ -232,6 +236,34 @@ class FoldedAttention:
         """Rings, sinks and frozen codec state, each storage once: forks share the state."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for s in self.sequences for t in s.tensors}
         return sum(s.nbytes() for s in storages.values())
+
+    @property
+    def shape(self) -> tuple[int, int, torch.dtype, torch.device]:
+        """KV heads, head_dim, dtype and device. Raises CacheMisuse before the first call."""
+        if self._built is None:
+            raise CacheMisuse(f"layer {self.layer} has not been used yet", "Run a call with this cache first")
+        return self._built
+
+    @property
+    def canonical_page_bytes(self) -> int:
+        """Size of a page in files."""
+        empty = torch.zeros(self.pool.page_bytes, dtype=torch.uint8, device=self.shape[-1])
+        return len(self.engine.to_canonical(empty))  # type: ignore[union-attr]
+
+    def canonical(self, page: int) -> Tensor:
+        """A page of the pool in the byte order of files, uint8 on the CPU."""
+        return self.engine.to_canonical(self.pool.row(page)).cpu()  # type: ignore[union-attr]
+
+    def adopt(self, canonical: Tensor, digest: bytes) -> int:
+        """A page of the pool with the content of a file's page, shared with others of the same content."""
+        page = self.pool.allocate()
+        try:
+            row = self.pool.row(page)
+            row.copy_(self.engine.from_canonical(canonical.to(row.device)))  # type: ignore[union-attr]
+        except BaseException:
+            self.pool.release(page)
+            raise
+        return self.pool.share(page, digest)
 
     @property
     def _pools(self) -> list[PagePool]:

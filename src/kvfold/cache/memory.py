@@ -13,6 +13,11 @@ LARGE_BLOCK_BYTES = 1 << 18
 M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
+def reserved_bytes(nbytes: int, device: torch.device) -> int:
+    """What `reserve` takes for so many bytes."""
+    return nbytes if device.type != "cpu" else -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
 def reserve(nbytes: int, device: torch.device) -> Tensor:
     """Uninitialised uint8 that lives long. On the CPU it is mapped, not taken from malloc: a slab at the top of the heap
     would keep every freed activation beneath it."""
@@ -20,7 +25,7 @@ def reserve(nbytes: int, device: torch.device) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     # Private: a forked process must not write into its parent's pages.
     how = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return torch.frombuffer(mmap.mmap(-1, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, **how), dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, reserved_bytes(nbytes, device), **how), dtype=torch.uint8)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.cache.memory import reserve
+from kvfold.cache.memory import reserve, reserved_bytes
 
 # A slab holds 1/64 of the pages there are, so free space stays within about 2 % of the pages in use.
 SLACK = 64
@@ -32,6 +32,8 @@ class PagePool:
         self._where: dict[int, tuple[int, int]] = {}  # page -> (slab, row)
         self._count: dict[int, int] = {}  # page -> references
         self._free: list[int] = []
+        self._shared: dict[bytes, int] = {}  # digest of a page's content -> the page
+        self._digests: dict[int, bytes] = {}  # the inverse
         self._next = 0
         # What finalizers leave behind. They run anywhere, also inside the lock, so all they may do is append here.
         self._abandoned: deque[list[int]] = deque()
@@ -56,8 +58,12 @@ class PagePool:
             self._drain()
             return sum(self._used.values())
 
+    @staticmethod
+    def _slab_pages(used: int) -> int:
+        return min(MAX_SLAB_PAGES, max(MIN_SLAB_PAGES, used // SLACK))
+
     def _grow(self) -> None:
-        n = min(MAX_SLAB_PAGES, max(MIN_SLAB_PAGES, sum(self._used.values()) // SLACK))
+        n = self._slab_pages(sum(self._used.values()))
         memory = reserve(n * self.page_bytes, self.device)
         n = len(memory) // self.page_bytes
         slab = memory[: n * self.page_bytes].view(n, self.page_bytes)
@@ -77,6 +83,32 @@ class PagePool:
             page = heapq.heappop(self._free)
             self._count[page] = 1
             self._used[self._where[page][0]] += 1
+            return page
+
+    def growth(self, pages: int) -> int:
+        """Bytes of the slabs that allocating so many pages would add."""
+        with self._lock:
+            self._drain()
+            used, free, added = sum(self._used.values()), len(self._free), 0
+            while free < pages:
+                slab = reserved_bytes(self._slab_pages(used + free) * self.page_bytes, self.device)
+                free, added = free + slab // self.page_bytes, added + slab
+            return added
+
+    def is_shared(self, page: int) -> bool:
+        return page in self._digests
+
+    def share(self, page: int, digest: bytes) -> int:
+        """The page to use for this content: one that was shared before under the same digest and holds the same bytes,
+        which takes the reference over, or else this one, which later ones will be given."""
+        with self._lock:
+            other = self._shared.setdefault(digest, page)
+            if other == page:
+                self._digests[page] = digest
+            elif torch.equal(self.row(other), self.row(page)):
+                self._count[other] += 1
+                self._release(page)
+                return other
             return page
 
     def retain(self, page: int) -> None:
@@ -102,6 +134,8 @@ class PagePool:
         self._count[page] -= 1
         if self._count[page]:
             return
+        if (digest := self._digests.pop(page, None)) is not None:
+            del self._shared[digest]
         slab, _ = self._where[page]
         self._used[slab] -= 1
         heapq.heappush(self._free, page)

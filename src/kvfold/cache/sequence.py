@@ -62,6 +62,7 @@ class LayerSequence:
         self.sinks_k, self.sinks_v = self.ring_k[:, : spec.sinks].clone(), self.ring_v[:, : spec.sinks].clone()
         self.pages: list[int] = []  # changed in place only: the finalizer holds this list
         self.length = self.folded = self.exact_start = 0
+        self.unchanged = 0  # leading pages that are as they were at the last `mark`
         self.state: State = (None, None)
         self._own_pages()
 
@@ -135,6 +136,7 @@ class LayerSequence:
         for page in self.pages[staged.keep :]:
             self.pool.release(page)
         self.pages[staged.keep :] = staged.new
+        self.unchanged = min(self.unchanged, staged.keep)
         self.state = staged.state
         start = max(self.length, total - self.ring)
         for slots, tokens in self._spans(start, total):
@@ -187,13 +189,48 @@ class LayerSequence:
             self.state = (None, None)
         while (len(self.pages) - 1) * PAGE_TOKENS >= self.folded and self.pages:
             self.pool.release(self.pages.pop())
+        self.unchanged = min(self.unchanged, len(self.pages))
         self.length = length
 
+    def mark(self) -> None:
+        """Count pages as unchanged from here on."""
+        self.unchanged = len(self.pages)
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, n, D] of the tokens that have exact copies besides sinks: exact_start..length-1."""
+        return self._ring(self.exact_start, self.length)
+
     def fork(self) -> LayerSequence:
-        """An independent continuation: pages shared, ring and sinks copied."""
-        owned = {n: getattr(self, n).clone() for n in ("ring_k", "ring_v", "sinks_k", "sinks_v")}
+        """An independent continuation: pages shared, exact tokens and sinks copied."""
+        return self._copy(self.engine.spec.ring_tokens(), self.exact_start)
+
+    def compact(self) -> LayerSequence:
+        """A fork to be kept and forked again, not continued: it holds the exact tokens that attention reads, no more."""
+        return self._copy(max(1, self.length - self.folded), self.folded)
+
+    def _copy(self, ring: int, start: int) -> LayerSequence:
+        """A copy with a ring of its own size that holds tokens start..length-1."""
         numbers = {page: n for n, page in enumerate(self.pages)}
-        return LayerSequence.attached(self.engine, self.pool, {**self.detached(numbers), **owned}, self.pages)
+        other = LayerSequence.attached(self.engine, self.pool, self.detached(numbers), self.pages)
+        other.ring, other.exact_start = ring, start
+        other.ring_k, other.ring_v = (x.new_zeros(x.shape[0], ring, x.shape[2]) for x in (self.ring_k, self.ring_v))
+        other.sinks_k, other.sinks_v = self.sinks_k.clone(), self.sinks_v.clone()
+        other._set_ring(*self._ring(start, self.length))
+        return other
+
+    def _set_ring(self, k: Tensor, v: Tensor) -> None:
+        for slots, tokens in self._spans(self.exact_start, self.length):
+            self.ring_k[:, slots], self.ring_v[:, slots] = k[:, tokens], v[:, tokens]
+
+    def restore(self, pages: list[int], length: int, folded: int, exact: tuple[Tensor, Tensor], state: State) -> None:
+        """Make an empty sequence one of `length` tokens, of which `folded` lie in `pages`, whose references it takes over.
+
+        exact: the newest tokens [H, n, D], at least those not folded. Sinks are set apart (`sinks_k`, `sinks_v`).
+        """
+        self.pages[:] = pages
+        self.length, self.folded, self.exact_start = length, folded, length - exact[0].shape[1]
+        self.state = state
+        self._set_ring(*exact)
 
     def detached(self, where: dict[int, int]) -> dict[str, Any]:
         """Everything but engine and pool; pages as their numbers in `where`."""

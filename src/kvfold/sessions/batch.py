@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvfold.adapters.hf_batch import Batch
 from kvfold.errors import CacheMisuse
-from kvfold.sessions.runner import Runner
 from kvfold.sessions.session import Session
 
 
@@ -23,7 +22,8 @@ class SessionBatch:
         self.sessions = list(sessions)
         self._batch = Batch([s.cache for s in sessions])
         self._lost = False
-        self._model = self.sessions[0].runner.model
+        self._runner = self.sessions[0].runner
+        self._model = self._runner.model
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Feed one token to each session; logits [B, V]. If the call fails, no session has taken its token.
@@ -32,16 +32,18 @@ class SessionBatch:
         then stay refused for good.
         """
         ids = torch.tensor([[t] for t in tokens], device=self._model.device)
-        length = self._batch.cache.get_seq_length()
+        cache = self._batch.cache
+        length = cache.get_seq_length()
         inputs = {k: x.to(self._model.device) for k, x in self._batch.inputs().items()}
-        try:
-            with torch.no_grad():
-                out = self._model(ids, past_key_values=self._batch.cache, use_cache=True, logits_to_keep=1, **inputs)
-        except BaseException:
-            self._lost = True
-            Runner.undo(self._batch.cache, length)
-            self._lost = False
-            raise
+        with self._runner.room(self.sessions, 1):
+            try:
+                with torch.no_grad():
+                    out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
+            except BaseException:
+                self._lost = True
+                self._runner.undo(cache, length)
+                self._lost = False
+                raise
         for s, t in zip(self.sessions, tokens, strict=True):
             s.tokens.append(t)
         return out.logits[:, -1]

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvfold.adapters.hf_transformers import FoldedCache, attach
-from kvfold.config import CacheSpec
+from kvfold.adapters.hf_state import tensors_of
+from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer, attach
+from kvfold.config import PAGE_TOKENS, CacheSpec
+from kvfold.sessions.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from kvfold.sessions.session import Session
 
 # Calls end on multiples of it. Tokens fed again in a fresh session are then cut where they were, as equal bits need.
 CALL_TOKENS = 512
 
 
 class Runner:
-    """model, tokenizer: of transformers; the model gets attached. profile or spec, backend: as for FoldedCache."""
+    """model, tokenizer: of transformers; the model gets attached. profile or spec, backend: as for FoldedCache.
+
+    call_tokens: the grid that calls end on. ways_back: how many checkpoints a session keeps of itself as it is extended.
+    """
 
     def __init__(
         self,
@@ -27,13 +36,27 @@ class Runner:
         *,
         spec: CacheSpec | None = None,
         backend: str = "auto",
+        call_tokens: int = CALL_TOKENS,
+        ways_back: int = 0,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.call_tokens, self.ways_back = model, tokenizer, call_tokens, ways_back
         attach(model)
         self._first = FoldedCache(model.config, profile, spec=spec, backend=backend)
         self.profile, self.spec = self._first.profile, self._first.spec
+        self.fingerprint = fingerprint(model, tokenizer)
         self._built = False
         self._lock = threading.Lock()
+
+    def _device(self, layer: Any) -> torch.device:
+        """Where a layer's tensors are, once it has some."""
+        if isinstance(layer, FoldedLayer):
+            return layer.folded.shape[-1]
+        return next((x.device for x in tensors_of(layer).values()), self.model.device)
+
+    def _window_bytes(self, layer: Any) -> int:
+        """What a sliding window of one token grows to: it keeps the last call whole."""
+        window = getattr(layer, "sliding_window", None) or 0
+        return sum(x.nbytes * (window + self.call_tokens) for x in tensors_of(layer).values()) if window else 0
 
     def new_cache(self) -> FoldedCache:
         """An empty cache that keeps its pages in the runner's pools."""
@@ -41,9 +64,29 @@ class Runner:
             if not self._built:
                 # Pools are made by a first call, which knows each layer's shape, dtype and device.
                 self.forward(self._first, [0])
+                self.devices = [self._device(x) for x in self._first.layers]
+                self._measure()
                 self._first.reset()
                 self._built = True
-            return self._first.fork()
+            cache = self._first.fork()
+        for layer in cache.folded_layers:
+            heads, dim, dtype, device = layer.folded.shape
+            empty = torch.empty(1, heads, 0, dim, dtype=dtype, device=device)
+            layer.lazy_initialization(empty, empty)
+        return cache
+
+    def _measure(self) -> None:
+        """session_bytes, checkpoint_bytes: the most that a session, or a checkpoint, has besides pages and their table."""
+        exact = sum(x.folded.exact_bytes for x in self._first.folded_layers)
+        states = self._first.unshared_bytes - exact + sum(map(self._window_bytes, self._first.layers))
+        self.session_bytes = exact + states
+        slots = self.spec.ring_tokens() + self.spec.sinks
+        self.checkpoint_bytes = exact * (self.spec.window + PAGE_TOKENS + self.spec.sinks) // slots + states
+
+    @contextmanager
+    def room(self, sessions: Sequence[Session], tokens: int, checkpoints: int = 0) -> Iterator[None]:
+        """Wraps every call that gives each session so many more tokens, and checkpoints; a store makes room for them here."""
+        yield
 
     def forward(self, cache: FoldedCache, tokens: Sequence[int]) -> Tensor:
         """One call over tokens that the cache does not hold yet; logits [V] after the last of them."""
@@ -62,6 +105,6 @@ class Runner:
         """Tokens `start` and on of a sequence, cut on the grid."""
         at = 0
         while at < len(tokens):
-            n = CALL_TOKENS - (start + at) % CALL_TOKENS
+            n = self.call_tokens - (start + at) % self.call_tokens
             yield tokens[at : at + n]
             at += n

@@ -1,0 +1,167 @@
+"""Verbs for sessions on the disk: ls, info, verify, rm, export, import."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvfold.cli import common
+from kvfold.errors import SessionError, WrongModel
+from kvfold.loading import Options, load
+
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        "--disk", help="Folder of sessions; default: KVFOLD_SESSIONS, or kvfold/sessions in the user's data folder."
+    ),
+]
+Name = Annotated[str, typer.Argument(help="A session's name, or the path of its folder.")]
+
+app = typer.Typer(help="Look at saved sessions, verify, remove, and move them.", no_args_is_help=True)
+
+
+def _find(name: str, disk: Path | None) -> Path:
+    """The folder of a session given by name, or by a path."""
+    from kvfold.sessions.disk import Disk, default_folder
+
+    return Path(name) if "/" in name else Disk(disk or default_folder()).folder(name)
+
+
+@app.command()
+def ls(disk: Folder = None, json: common.Json = False) -> None:
+    """The sessions there are."""
+    from kvfold.sessions.archive import info
+    from kvfold.sessions.disk import Disk, default_folder
+
+    shelf = Disk(disk or default_folder())
+    rows: list[dict[str, Any]] = []
+    for name in shelf.names():
+        try:
+            x = info(shelf.folder(name))
+            when = datetime.fromtimestamp(x["saved"]).astimezone().isoformat(timespec="seconds")
+            rows.append(
+                {
+                    "name": name,
+                    "tokens": x["tokens"],
+                    "disk_bytes": x["disk_bytes"],
+                    "profile": x["profile"],
+                    "saved": when,
+                }
+            )
+        except SessionError as error:
+            rows.append({"name": name, "tokens": 0, "disk_bytes": 0, "profile": type(error).__name__, "saved": ""})
+    if json:
+        common.show_json({"disk": str(shelf.root), "sessions": rows})
+    elif rows:
+        common.show_table(rows, str(shelf.root))
+    else:
+        typer.echo(f"no sessions in {shelf.root}")
+
+
+@app.command()
+def info(name: Name, disk: Folder = None, json: common.Json = False) -> None:
+    """What a session holds and what it was made with."""
+    from kvfold.sessions.archive import info as read
+
+    data = read(_find(name, disk))
+    if json:
+        common.show_json(data)
+    else:
+        common.show_fields(data, name)
+
+
+@app.command()
+def verify(
+    name: Name,
+    model: Annotated[str | None, typer.Option(help="Compare with this model, too.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Compare every byte of the model's weights.")] = False,
+    dtype: Annotated[str, typer.Option(help="Model dtype.")] = "auto",
+    disk: Folder = None,
+    json: common.Json = False,
+) -> None:
+    """Check every byte against its checksum. What is damaged is named, and how much of the session is whole."""
+    from kvfold.sessions.archive import verify as check
+
+    folder = _find(name, disk)
+    data = check(folder)
+    if model is not None:
+        data |= _compare(folder, model, dtype, full)
+    elif full:
+        raise WrongModel("there is no model to compare with", "Give it: --model MODEL --full")
+    if json:
+        common.show_json(data)
+    else:
+        common.show_fields(data, name)
+
+
+def _compare(folder: Path, source: str, dtype: str, full: bool) -> dict[str, Any]:
+    from kvfold.sessions import fingerprint
+    from kvfold.sessions.manifest import Manifest
+
+    made = Manifest.read(folder).model
+    loaded = load(source, Options(dtype=dtype))
+    now = fingerprint.fingerprint(loaded.model, loaded.tokenizer)
+    if full:
+        now |= fingerprint.full(loaded.model)
+        if "full" not in made:
+            raise WrongModel(
+                "the session's writer did not read all of its model's weights",
+                "Verify without --full: samples are compared",
+            )
+    fingerprint.check(made, now)
+    return {"model": "the same", "compared": sorted(made.keys() & now.keys())}
+
+
+@app.command()
+def rm(name: Name, disk: Folder = None, json: common.Json = False) -> None:
+    """Remove a session."""
+    from kvfold.sessions.archive import remove
+
+    folder = _find(name, disk)
+    remove(folder)
+    if json:
+        common.show_json({"removed": name})
+    else:
+        typer.echo(f"removed {folder}")
+
+
+@app.command()
+def export(
+    name: Name,
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    disk: Folder = None,
+    json: common.Json = False,
+) -> None:
+    """Make one file of a session."""
+    from kvfold.sessions.archive import export as pack
+
+    pack(_find(name, disk), file)
+    if json:
+        common.show_json({"file": str(file), "bytes": file.stat().st_size})
+    else:
+        typer.echo(f"wrote {file}, {file.stat().st_size:,} bytes")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file that export wrote.")],
+    name: Name,
+    disk: Folder = None,
+    json: common.Json = False,
+) -> None:
+    """Make a session of an exported file, after verifying it."""
+    from kvfold.sessions.archive import import_ as unpack
+
+    folder = _find(name, disk)
+    unpack(file, folder)
+    if json:
+        common.show_json({"name": name, "folder": str(folder)})
+    else:
+        typer.echo(f"imported to {folder}")
+
+
+def add_to(parent: typer.Typer) -> None:
+    parent.add_typer(app, name="sessions")

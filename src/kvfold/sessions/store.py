@@ -1,0 +1,371 @@
+"""Many sessions of one model under one memory budget: shared beginnings once, the least recently used on disk."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvfold.config import PAGE_TOKENS
+from kvfold.errors import CacheMisuse, InvalidConfig, SessionError, SessionExists, SessionNotFound
+from kvfold.sessions.budget import Budget, BudgetedRunner, parse_bytes
+from kvfold.sessions.content import Content
+from kvfold.sessions.disk import Disk, check_name
+from kvfold.sessions.entry import AUTOMATIC, Entry, Tokens, common_length
+from kvfold.sessions.manifest import Manifest
+from kvfold.sessions.session import Session
+
+WAYS_BACK = 4  # first and last call and two between: a long prompt's end is shared more often than its middle
+
+
+@dataclass
+class Counts:
+    """What a store has done since it was made."""
+
+    lookups: int = 0
+    hits: int = 0
+    reused_tokens: int = 0
+    written_out: int = 0
+    dropped: int = 0
+    brought_back: int = 0
+
+
+class SessionStore:
+    """memory: what the caches of all its sessions may take (`8GiB`). disk: folder of sessions that are committed or written
+    out; without one, sessions live as long as the store. spare_disk: what sessions without a name of their own may take of
+    it. Other arguments as of Runner, whose `ways_back` are where sessions may branch off each other.
+
+    A session that was opened belongs to one caller until it is released. Methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        profile: str = "balanced",
+        *,
+        memory: int | str = "8GiB",
+        disk: str | Path | None = None,
+        spare_disk: int | str = "16GiB",
+        ways_back: int = WAYS_BACK,
+        **options: Any,
+    ) -> None:
+        limit, self._spare_disk = parse_bytes(memory), parse_bytes(spare_disk)
+        self.disk = Disk(Path(disk)) if disk is not None else None
+        self.counts = Counts()
+        self.runner = BudgetedRunner(model, tokenizer, profile, ways_back=ways_back, **options)
+        self._lock = threading.RLock()
+        self._entries: dict[str, Entry] = {}
+        self._clock = 0
+        self.runner.budget = self._budget = Budget(limit, self.runner, self._lock, self._in_memory, self._free_one)
+        if self.disk is not None:
+            self.disk.claim()
+            self._entries = {name: self._found(self.disk, name) for name in self.disk.names()}
+
+    # Looking
+
+    @property
+    def names(self) -> list[str]:
+        """Sessions with a name of their own."""
+        with self._lock:
+            return sorted(n for n, e in self._entries.items() if not e.automatic)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the sessions in memory take: every slab of pages, and at most what each has besides."""
+        return self._budget.nbytes
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """One row per session: name, tokens, bytes in memory (shared pages counted in each), in use, on disk."""
+        with self._lock:
+            return [
+                {
+                    "name": e.name,
+                    "tokens": len(e.session.tokens) if e.session is not None else len(e.tokens),
+                    "bytes": e.session.nbytes if e.session is not None and not e.in_use else 0,
+                    "in_memory": e.session is not None,
+                    "in_use": e.in_use,
+                    "on_disk": self._saved(e.name),
+                }
+                for e in self._entries.values()
+            ]
+
+    def report(self) -> dict[str, Any]:
+        """Sessions and bytes, and counts of what was looked up, found, written out and brought back."""
+        with self._lock:
+            entries = list(self._entries.values())
+        return {
+            "memory_bytes": self.nbytes,
+            "memory_limit_bytes": self._budget.limit,
+            "page_bytes": self._budget.page_bytes,
+            "sessions": len(entries),
+            "sessions_in_memory": sum(e.session is not None for e in entries),
+            "sessions_in_use": sum(e.in_use for e in entries),
+            **vars(self.counts),
+        }
+
+    # Using
+
+    def open(self, name: str) -> Session:
+        """The session of that name, brought back if it was written out; a new one if there is none. It is the caller's until
+        `release`. Raises CacheMisuse if it is in use, OverBudget, and what Session.load raises."""
+        check_name(name)
+        with self._lock:
+            entry = self._entries.setdefault(name, Entry(name))
+            self._take(entry)
+        return self._present(entry)
+
+    def longest_prefix(self, tokens: Sequence[int]) -> Session:
+        """A session that holds the longest beginning of `tokens`, short of the last, that any session can be forked at: its
+        end or a checkpoint. It goes on as a fresh one fed in calls cut there. Empty if there is none. The caller's, without
+        a name of its own, until `release`."""
+        wanted = np.asarray(tokens, np.int32)
+        fork = self._fork_of(wanted)
+        with self._lock:
+            # Where two prompts part, others will: the new session keeps a checkpoint there.
+            shared = max((common_length(e.tokens, wanted) for e in self._entries.values()), default=0)
+        if fork is None:
+            with self._budget.room(sessions=1):
+                fork = Session(self.runner)
+        fork.landmark = shared
+        with self._lock:
+            self.counts.lookups += 1
+            self.counts.hits += bool(fork.tokens)
+            self.counts.reused_tokens += len(fork.tokens)
+        return self._enter(fork, AUTOMATIC + secrets.token_hex(8))
+
+    def fork(self, session: Session, name: str) -> Session:
+        """A fork of a session in use, under a name that is free; in use as well."""
+        self._free_name(name)
+        with self._budget.room(sessions=1, checkpoints=len(session.checkpoints)):
+            return self._enter(session.fork(), name)
+
+    def rename(self, session: Session, name: str) -> None:
+        """Give a session in use a name that is free, on the disk, too."""
+        with self._lock:
+            entry = self._mine(session)
+            self._free_name(name)
+            if self.disk is not None and self.disk.has(entry.name):
+                session.saved = replace(session.saved, folder=self.disk.rename(entry.name, name))
+            self._entries[name] = self._entries.pop(entry.name)
+            entry.name = session.name = name
+
+    def commit(self, session: Session) -> None:
+        """When this returns, the session as it is now is on the disk. Raises StorageFailed."""
+        if self.disk is None:
+            raise InvalidConfig("this store has no disk folder", "Give it one: SessionStore(..., disk=folder)")
+        self._save(self.disk, self._mine(session))
+
+    def release(self, session: Session) -> None:
+        """Give a session back to the store, which may write it out from now on. Sessions without a name of their own that
+        this one continues are dropped: nobody will miss them."""
+        session.check()
+        session.share()
+        with self._lock:
+            entry = self._mine(session)
+            entry.note(session.tokens, {*session.checkpoints, len(session.tokens)})
+            self._give_back(entry)
+            idle = [e for e in self._entries.values() if e is not entry and e.automatic and not e.in_use]
+            needless = [self._pop(e.name) for e in idle if entry.continues(e)]
+        for e in needless:
+            self._erase(e)
+
+    def discard(self, session: Session) -> None:
+        """Give up a session in use, as after a call that could not be taken back. What the disk has of it stays."""
+        with self._lock:
+            entry = self._mine(session)
+            entry.session, entry.in_use, entry.saved = None, False, None
+            if not self._saved(entry.name):
+                del self._entries[entry.name]
+        session.close()
+
+    def remove(self, name: str) -> None:
+        """Forget a session, in memory and on the disk. Raises SessionNotFound, and CacheMisuse if it is in use."""
+        self._erase(self._pop(name))
+
+    def _pop(self, name: str) -> Entry:
+        with self._lock:
+            if name not in self._entries:
+                raise SessionNotFound(f"no session {name!r}", "See the names there are")
+            self._take(self._entries[name])
+            return self._entries.pop(name)
+
+    def _erase(self, entry: Entry) -> None:
+        if entry.session is not None:
+            entry.session.close()
+        if self.disk is not None and self.disk.has(entry.name):
+            self.disk.remove(entry.name)
+
+    def close(self) -> None:
+        """Write everything out and let other stores use the folder. Sessions in use are not written: release them before."""
+        while self.disk is not None and self._free_one():
+            pass
+        if self.disk is not None:
+            self.disk.give_up()
+
+    def __enter__(self) -> SessionStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # Entries
+
+    def _take(self, entry: Entry) -> None:
+        if entry.in_use:
+            raise CacheMisuse(f"session {entry.name!r} is in use", "Release it first, or fork it")
+        self._clock += 1
+        entry.in_use, entry.used = True, self._clock
+
+    def _give_back(self, entry: Entry) -> None:
+        self._clock += 1
+        entry.in_use, entry.used = False, self._clock
+
+    def _mine(self, session: Session) -> Entry:
+        with self._lock:
+            entry = self._entries.get(session.name)
+        if entry is None or entry.session is not session or not entry.in_use:
+            raise CacheMisuse(f"session {session.name!r} was not opened in this store", "Open it first")
+        return entry
+
+    def _enter(self, session: Session, name: str) -> Session:
+        session.name = name
+        with self._lock:
+            self._entries[name] = entry = Entry(name, session)
+            self._take(entry)
+        return session
+
+    def _free_name(self, name: str) -> None:
+        if check_name(name) in self._entries:
+            raise SessionExists(f"there is a session {name!r} already", "Use another name, or remove it first")
+
+    def _present(self, entry: Entry) -> Session:
+        """The session of an entry that was taken, in memory."""
+        try:
+            if entry.session is None:
+                entry.session = self._bring_back(entry.name)
+                entry.session.name = entry.name
+                if self._saved(entry.name):
+                    entry.saved = entry.unsaved()
+            return entry.session
+        except BaseException:
+            with self._lock:
+                entry.in_use = False
+                if not self._saved(entry.name):
+                    self._entries.pop(entry.name, None)
+            raise
+
+    def _fork_of(self, wanted: Tokens) -> Session | None:
+        """The best fork that can be made; sessions that are damaged, or too large to be brought back now, are passed over."""
+        failed: set[str] = set()
+        while True:
+            with self._lock:
+                there = [(e.way(wanted), e) for e in self._entries.values() if e.name not in failed]
+                length, entry = max(there, key=lambda x: x[0], default=(0, None))
+                if entry is None or length == 0:
+                    return None
+                if mine := not entry.in_use:
+                    self._take(entry)
+            try:
+                fork = self._fork(entry, length)
+            except SessionError:
+                fork = None
+            finally:
+                if mine:
+                    self._give_back(entry)
+            if fork is not None:
+                return fork
+            failed.add(entry.name)
+
+    def _fork(self, entry: Entry, length: int) -> Session | None:
+        """From memory, or straight from the disk, where the session itself then stays."""
+        if entry.session is not None:
+            with self._budget.room(sessions=1):
+                return entry.session.prefix(length)
+        return self._read(self.disk.folder(entry.name), length) if self.disk is not None else None
+
+    # Memory
+
+    def _in_memory(self) -> list[Session]:
+        return [e.session for e in self._entries.values() if e.session is not None]
+
+    def _free_one(self) -> bool:
+        """Write out, or without a disk forget, the session that was not used for longest. False if none can go."""
+        with self._lock:
+            idle = [e for e in self._entries.values() if e.session is not None and not e.in_use]
+            can_go = [e for e in idle if self.disk is not None or e.automatic]
+            if not can_go:
+                return False
+            entry = min(can_go, key=lambda e: e.used)
+            entry.in_use = True
+        try:
+            if self.disk is not None:
+                self._save(self.disk, entry)
+                self.counts.written_out += 1
+        except BaseException:
+            entry.in_use = False
+            raise
+        with self._lock:
+            session, entry.session, entry.in_use = entry.session, None, False
+            if self.disk is None:
+                del self._entries[entry.name]
+                self.counts.dropped += 1
+        if session is not None:
+            session.close()
+        if self.disk is not None:
+            self._spare(self.disk)
+        return True
+
+    # The disk
+
+    def _saved(self, name: str) -> bool:
+        return self.disk is not None and self.disk.has(name)
+
+    def _found(self, disk: Disk, name: str) -> Entry:
+        """A session on the disk. One that cannot be read keeps its name, and `open` says why; nothing is forked from it."""
+        entry = Entry(name)
+        try:
+            made = Manifest.read(disk.folder(name))
+            if made.model == self.runner.fingerprint and made.spec == self.runner.spec:
+                ways = [x.length for x in (*made.checkpoints, made.state)]
+                entry.note(Content.tokens_of(disk.folder(name), made), ways)
+        except SessionError:
+            return entry
+        return entry
+
+    def _save(self, disk: Disk, entry: Entry) -> None:
+        """Write what the disk does not have yet of a session that is taken."""
+        if entry.session is not None and (state := entry.unsaved()) is not None:
+            entry.session.save(disk.folder(entry.name))
+            entry.saved = state
+
+    def _bring_back(self, name: str) -> Session:
+        if self.disk is not None and self.disk.has(name):
+            return self._read(self.disk.folder(name))
+        with self._budget.room(sessions=1):
+            return Session(self.runner)
+
+    def _read(self, folder: Path, upto: int | None = None) -> Session:
+        made = Manifest.read(folder) if upto is None else Manifest.read(folder).upto(upto)
+        pages, checkpoints = -(-made.state.folded // PAGE_TOKENS), len(made.checkpoints)
+        # A checkpoint is restored whole and then made compact.
+        with self._budget.room(pages, sessions=1 + min(1, checkpoints), checkpoints=checkpoints):
+            session = Session.restored(self.runner, folder, upto=upto)
+        self.counts.brought_back += 1
+        return session
+
+    def _spare(self, disk: Disk) -> None:
+        """Remove the oldest sessions without a name of their own from a disk that has too much of them."""
+        with self._lock:
+            idle = [e for e in self._entries.values() if e.automatic and not e.in_use and e.session is None]
+        taken = 0
+        for e in sorted(idle, key=lambda e: -e.used):
+            taken += disk.bytes(e.name)
+            if taken > self._spare_disk:
+                self.remove(e.name)
+                self.counts.dropped += 1
