@@ -17,7 +17,10 @@ CALL_TOKENS = 512
 
 
 class Runner:
-    """model, tokenizer: of transformers; the model gets attached. profile or spec, backend: as for FoldedCache."""
+    """model, tokenizer: of transformers; the model gets attached. profile or spec, backend: as for FoldedCache.
+
+    call_tokens: the grid that calls end on.
+    """
 
     def __init__(
         self,
@@ -27,8 +30,9 @@ class Runner:
         *,
         spec: CacheSpec | None = None,
         backend: str = "auto",
+        call_tokens: int = CALL_TOKENS,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.call_tokens = model, tokenizer, call_tokens
         attach(model)
         self._first = FoldedCache(model.config, profile, spec=spec, backend=backend)
         self.profile, self.spec = self._first.profile, self._first.spec
@@ -62,6 +66,6 @@ class Runner:
         """Tokens `start` and on of a sequence, cut on the grid."""
         at = 0
         while at < len(tokens):
-            n = CALL_TOKENS - (start + at) % CALL_TOKENS
+            n = self.call_tokens - (start + at) % self.call_tokens
             yield tokens[at : at + n]
             at += n
