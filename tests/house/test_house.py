@@ -34,6 +34,7 @@ STAGES = (
     ("diagnosis",),
     ("evaluation", "bench"),
     ("sessions",),
+    ("serving",),
     ("server",),
     ("cli",),
     ("__main__",),
@@ -187,7 +188,7 @@ def sins(source: str) -> list[str]:
 
 
 # Process edges, where an error of any kind becomes a message and an exit code.
-EDGES = ("cli.main",)
+EDGES = ("cli.main", "serving.scheduler")
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

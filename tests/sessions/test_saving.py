@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_many_small_saves_leave_few_files_and_no_leftovers(tmp_path: Path) -> No
         written += made.segments[-1].stored
         sizes = [x.pages for x in made.segments]
         assert sum(sizes) == i + 1
-        assert all(a > b for a, b in zip(sizes, sizes[1:], strict=False))
+        assert all(a > b for a, b in pairwise(sizes))
     assert written <= 24 * 5.5  # every page a few times: 1 + log2(24) at most
 
 
