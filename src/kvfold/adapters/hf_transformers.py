@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 )
 
 from kvfold.adapters.hf_attention import Handle, LazyMask, Runs, attach, detach, no_gradients, no_pads, register
+from kvfold.cache.fidelity import Fidelity
 from kvfold.cache.guard import CallGuard
 from kvfold.cache.layer import FoldedAttention
 from kvfold.config import CacheSpec
@@ -270,6 +271,12 @@ class FoldedCache(Cache):
                 x.__init__(x.number_of_states)
             else:
                 x.reset()
+
+    def watch(self, every: int = 16) -> None:
+        """Compare folded with exact attention on one folded page in `every`; `report` has the figures by layer, of this
+        cache and its forks together."""
+        for x in self.folded_layers:
+            x.folded.fidelity = Fidelity(every)
 
     def fork(self, compact: bool = False) -> FoldedCache:
         """An independent continuation: folded pages are shared, everything else copied.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from kvfold.cache.fidelity import Fidelity
 from kvfold.cache.memory import return_large_blocks
 from kvfold.cache.pages import PagePool
-from kvfold.cache.sequence import Engine, LayerSequence
+from kvfold.cache.sequence import Engine, LayerSequence, Staged, State
 from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.engine.request import AttendRequest, LayerShape
 from kvfold.errors import CacheMisuse, DeviceMismatch, DtypeMismatch, InvalidInput, NonFiniteInput, ShapeMismatch
@@ -27,6 +29,8 @@ class AttendingEngine(Engine, Protocol):
 
     def attend(self, request: AttendRequest) -> Tensor: ...
 
+    def unfold(self, rows: Tensor, state: State) -> tuple[Tensor, Tensor]: ...
+
 
 MakeEngine = Callable[[CacheSpec, LayerShape, torch.dtype, torch.device], AttendingEngine]
 
@@ -40,6 +44,7 @@ class FoldedAttention:
         self.engine: AttendingEngine | None = None
         self.sequences: list[LayerSequence] = []
         self._built: tuple[int, int, torch.dtype, torch.device] | None = None  # heads, head_dim, ... of the engine
+        self.fidelity: Fidelity | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: this layer's own pages, once each, in canonical bytes, which any engine can read."""
@@ -143,7 +148,7 @@ class FoldedAttention:
             raise DtypeMismatch(f"layer {self.layer}: queries are {q.dtype}, keys {k.dtype}", "Use one dtype")
         self._check_finite(k, v, pads)
         out = self._attend(q, k, v, pads, scale)
-        self._store(k, v, pads)
+        self._store(k, v, pads, q, scale)
         return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Sequence[int], scale: float) -> Tensor:
@@ -164,7 +169,7 @@ class FoldedAttention:
         self._check_finite(k, v, pads)
         self._store(k, v, pads)
 
-    def _store(self, k: Tensor, v: Tensor, pads: Sequence[int]) -> None:
+    def _store(self, k: Tensor, v: Tensor, pads: Sequence[int], q: Tensor | None = None, scale: float = 0.0) -> None:
         staged = []
         rows = [(s, k[b, :, p:], v[b, :, p:]) for b, (s, p) in enumerate(zip(self.sequences, pads, strict=True))]
         try:
@@ -174,8 +179,22 @@ class FoldedAttention:
             for (s, _, _), done in zip(rows, staged, strict=False):
                 s.discard(done)
             raise
+        if self.fidelity is not None and q is not None:
+            self._sample(self.fidelity, AttendRequest(q, k, v, scale, []), pads, staged)
         for (s, new_k, new_v), done in zip(rows, staged, strict=True):
             s.commit(done, new_k, new_v)
+
+    def _sample(self, fidelity: Fidelity, call: AttendRequest, pads: Sequence[int], staged: Sequence[Staged]) -> None:
+        """Compare the last page that a row of the call folds, if one is due. Rows are still as they were before it."""
+        for b, (s, done, p) in enumerate(zip(self.sequences, staged, pads, strict=True)):
+            page = done.keep + len(done.new) - 1
+            # Of a page that is filled up after a trim, the first tokens are not there exactly.
+            if page * PAGE_TOKENS >= s.folded and fidelity.due(len(done.new)):
+                exact = s.tokens_of_page(page, call.k[b, :, p:], call.v[b, :, p:])
+                folded = self.engine.unfold(s.pool.row(done.new[-1])[None], done.state)  # type: ignore[union-attr]
+                fidelity.compare(call.q[b, :, p:], exact, folded, call.scale)
+                rows = [x.view(pad) for x, pad in zip(self.sequences, pads, strict=True)]
+                fidelity.weigh(self.engine, replace(call, rows=rows), b)  # type: ignore[arg-type]
 
     def trim(self, tokens: Sequence[int]) -> None:
         """Forget the newest tokens of each sequence."""
@@ -284,8 +303,8 @@ class FoldedAttention:
         pages = {(id(s.pool), p): s.pool.page_bytes for s in self.sequences for p in s.pages}
         return sum(pages.values()) + self.exact_bytes + sum(s.table_bytes for s in self.sequences)
 
-    def report(self) -> dict[str, float | int | str]:
-        """Bytes by kind, tokens, and bits per folded value."""
+    def report(self) -> dict[str, Any]:
+        """Bytes by kind, tokens, bits per folded value, and, where somebody watches, how exact folded attention is."""
         if self.engine is None or self._built is None:
             return {"layer": self.layer, "kind": "folded", "bytes": 0}
         heads, dim, _, _ = self._built
@@ -301,4 +320,5 @@ class FoldedAttention:
             "tokens": sum(s.length for s in self.sequences),
             "folded_tokens": sum(s.folded for s in self.sequences),
             "bits_per_value": 8 * self.engine.page_bytes / (PAGE_TOKENS * 2 * heads * dim),
+            **({} if self.fidelity is None else {"fidelity": self.fidelity.report()}),
         }

@@ -162,6 +162,10 @@ class LayerSequence:
         old_k, old_v = self._ring(start, cut)
         return torch.cat([old_k, new_k], dim=1), torch.cat([old_v, new_v], dim=1)
 
+    def tokens_of_page(self, page: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Exact keys and values [H, 128, D] of a page that appending k, v folds."""
+        return self._tokens(k, v, page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
+
     def _freeze(self, k: Tensor, v: Tensor, target: int) -> State:
         """What codecs freeze per sequence: from a first call of at least a page, else from the first pages themselves."""
         if k.shape[1] >= PAGE_TOKENS:

@@ -39,7 +39,8 @@ def info(folder: Path) -> dict[str, Any]:
         "saved": when,
         "version": made.version,
         "writer": made.writer,
-        "model": made.model,
+        "model": {k: v for k, v in made.model.items() if k != "config"},
+        "architecture": made.model.get("config", {}).get("model_type", ""),
         "sampler": made.sampler,
         "notes": made.notes,
     }

@@ -1,4 +1,4 @@
-"""Which model a session belongs to: digests of its config, tokenizer, tensors and adapters, by name."""
+"""Which model a session belongs to: its config, and digests of tensors, adapters and tokenizer, by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOLATILE = {
 # Encoded as a test of the tokenizer: cases, digits, spaces, accents, other scripts, code.
 PROBE = "The quick brown fox's 1234.50 km\n\tif (x != y) { return naïve + 'ÅΩ漢字🙂'; }  end"
 
-Fingerprint = dict[str, str]
+Fingerprint = dict[str, Any]
 
 
 def fingerprint(model: Any, tokenizer: Any = None) -> Fingerprint:
@@ -36,7 +36,7 @@ def fingerprint(model: Any, tokenizer: Any = None) -> Fingerprint:
     tensors = _tensors(model)
     shapes = [[name, list(x.shape), str(x.dtype)] for name, x in tensors]
     out = {
-        "config": _json(_lasting(model.config.to_diff_dict())),
+        "config": _lasting(json.loads(model.config.to_json_string(use_diff=False))),
         "tensors": _json(shapes),
         "weights": digest(*(piece for _, x in tensors for piece in _samples(x))),
         "adapters": _json(_adapters(model)),
@@ -55,13 +55,20 @@ def full(model: Any) -> Fingerprint:
 
 
 def check(made_with: Fingerprint, now: Fingerprint) -> None:
-    """Raise WrongModel with what differs. A tokenizer that one side does not know is not compared."""
-    wrong = [name for name in made_with if name in now and made_with[name] != now[name]]
+    """Raise WrongModel with what differs. What only one side knows is not compared: a tokenizer, or entries of configs,
+    which come and go with versions of transformers."""
+    wrong = [name for name in made_with if name in now and _differ(made_with[name], now[name])]
     if wrong:
         raise WrongModel(
             f"the session was made with another model: {', '.join(wrong)} differ",
             "Load the model, dtype, adapters and tokenizer it was made with, or prefill its tokens again",
         )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return any(_differ(a[k], b[k]) for k in a.keys() & b.keys())
+    return bool(a != b)
 
 
 def _tensors(model: Any) -> list[tuple[str, Tensor]]:

@@ -59,7 +59,7 @@ class Manifest:
 
     spec: CacheSpec
     layers: list[Layer]
-    model: dict[str, str]
+    model: dict[str, Any]
     segments: list[Segment]
     state: State
     checkpoints: list[State] = field(default_factory=list)

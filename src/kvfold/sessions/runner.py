@@ -26,6 +26,7 @@ class Runner:
     """model, tokenizer: of transformers; the model gets attached. profile or spec, backend: as for FoldedCache.
 
     call_tokens: the grid that calls end on. ways_back: how many checkpoints a session keeps of itself as it is extended.
+    watch: compare folded with exact attention on one page in so many, see `fidelity`; 0 for none.
     """
 
     def __init__(
@@ -38,14 +39,23 @@ class Runner:
         backend: str = "auto",
         call_tokens: int = CALL_TOKENS,
         ways_back: int = 0,
+        watch: int = 0,
     ) -> None:
         self.model, self.tokenizer, self.call_tokens, self.ways_back = model, tokenizer, call_tokens, ways_back
         attach(model)
         self._first = FoldedCache(model.config, profile, spec=spec, backend=backend)
         self.profile, self.spec = self._first.profile, self._first.spec
+        if watch:
+            self._first.watch(watch)
         self.fingerprint = fingerprint(model, tokenizer)
         self._built = False
         self._lock = threading.Lock()
+
+    @property
+    def fidelity(self) -> list[dict[str, float | int]]:
+        """Of each folded layer, over all sessions of this runner: see cache.fidelity. Empty if nobody watches."""
+        layers = [x.folded for x in self._first.folded_layers]
+        return [{"layer": x.layer, **x.fidelity.report()} for x in layers if x.fidelity is not None]
 
     def _device(self, layer: Any) -> torch.device:
         """Where a layer's tensors are, once it has some."""

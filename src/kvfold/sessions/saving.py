@@ -53,7 +53,11 @@ def save(session: Session, folder: Path) -> Saved:
             files.sync(folder.parent)
         with files.locked(folder, alone=True), _held(session.cache):
             _refuse_foreign(folder)
-            made = _write(session, folder)
+            try:
+                made = _write(session, folder)
+            except BaseException:
+                _abandon(folder)
+                raise
             clean(folder, made.files)
     for layer in session.cache.folded_layers:
         layer.folded.sequences[0].mark()
@@ -77,6 +81,14 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _ours(name: str) -> bool:
     return name == manifest.NAME or name.endswith(files.TEMPORARY) or bool(manifest.FILE_NAME.fullmatch(name))
+
+
+def _abandon(folder: Path) -> None:
+    """Free what a save that failed has written: a full disk needs it."""
+    if (folder / manifest.NAME).exists():
+        clean(folder, Manifest.read(folder).files)
+    else:
+        shutil.rmtree(folder)
 
 
 def clean(folder: Path, keep: set[str]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from kvfold.config import PAGE_TOKENS
 from kvfold.errors import CacheMisuse, InvalidConfig, SessionError, SessionExists, SessionNotFound
+from kvfold.sessions import fingerprint
 from kvfold.sessions.budget import Budget, BudgetedRunner, parse_bytes
 from kvfold.sessions.content import Content
 from kvfold.sessions.disk import Disk, check_name
@@ -331,7 +332,8 @@ class SessionStore:
         entry = Entry(name)
         try:
             made = Manifest.read(disk.folder(name))
-            if made.model == self.runner.fingerprint and made.spec == self.runner.spec:
+            fingerprint.check(made.model, self.runner.fingerprint)
+            if made.spec == self.runner.spec:
                 ways = [x.length for x in (*made.checkpoints, made.state)]
                 entry.note(Content.tokens_of(disk.folder(name), made), ways)
         except SessionError:
