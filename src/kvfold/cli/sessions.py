@@ -1,4 +1,4 @@
-"""Verbs for sessions on the disk: ls, info, verify, rm, export, import."""
+"""Verbs for sessions on the disk: ls, info, verify, rm, export, import; and what they cost: restore, crowd."""
 
 from __future__ import annotations
 
@@ -161,6 +161,42 @@ def import_(
         common.show_json({"name": name, "folder": str(folder)})
     else:
         typer.echo(f"imported to {folder}")
+
+
+@app.command()
+def restore(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")] = "demo",
+    context: Annotated[str, typer.Option(help="Tokens of the session, such as 100k.")] = "100k",
+    profile: common.ProfileName = "balanced",
+    dtype: Annotated[str, typer.Option(help="Model dtype.")] = "auto",
+    json: common.Json = False,
+) -> None:
+    """Measure: restoring a session against computing it again, and its files against its memory."""
+    from kvfold.sessions.measure import restore as measure
+
+    result = measure(load(model, Options(dtype=dtype)), common.numbers([context], "--context", whole=True)[0], profile)
+    if json:
+        common.show_json(result)
+    else:
+        common.show_fields(result, f"{model}, profile {profile}")
+
+
+@app.command()
+def crowd(
+    sessions: Annotated[int, typer.Option(min=1)] = 4,
+    context: Annotated[str, typer.Option(help="Tokens of each session.")] = "256k",
+    memory: Annotated[str, typer.Option(help="What their caches may take together.")] = "8GiB",
+    profile: common.ProfileName = "balanced",
+    json: common.Json = False,
+) -> None:
+    """Measure: long sessions of a model shaped like a 4B hybrid under one memory budget, on synthetic pages."""
+    from kvfold.sessions.measure import crowd as measure
+
+    result = measure(sessions, common.numbers([context], "--context", whole=True)[0], memory, profile)
+    if json:
+        common.show_json(result)
+    else:
+        common.show_fields(result, f"{sessions} sessions of {context}, profile {profile}")
 
 
 def add_to(parent: typer.Typer) -> None:
