@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.memory import reserve
-
-# A slab holds 1/64 of the pages there are, so free space stays within about 2 % of the pages in use.
-SLACK = 64
-MIN_SLAB_PAGES = 4
-MAX_SLAB_PAGES = 256
+from kvfold.cache.sizes import slab_pages
 
 
 class PagePool:
@@ -57,8 +53,7 @@ class PagePool:
             return sum(self._used.values())
 
     def _grow(self) -> None:
-        n = min(MAX_SLAB_PAGES, max(MIN_SLAB_PAGES, sum(self._used.values()) // SLACK))
-        memory = reserve(n * self.page_bytes, self.device)
+        memory = reserve(slab_pages(sum(self._used.values())) * self.page_bytes, self.device)
         n = len(memory) // self.page_bytes
         slab = memory[: n * self.page_bytes].view(n, self.page_bytes)
         first = self._next
