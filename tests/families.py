@@ -111,7 +111,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "llama4_text": {"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1, 0]},
-    **dict.fromkeys(("doge", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2"), {"sliding_window": None}),
+    **{t: {"sliding_window": None} for t in ("doge", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2")},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"]},
     "olmo_hybrid": {"layer_types": HALF_LINEAR},
     "qwen3_5_moe_text": {"layer_types": HALF_LINEAR},

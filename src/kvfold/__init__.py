@@ -1,12 +1,13 @@
 """Fold an LLM's KV cache to a fifth of its size and decode from the packed pages.
 
 Stages, in the order a key vector meets them: rotation, codebook, codec, packing, engine, cache; above them profiles,
-adapters, loading, evaluation and the command line. Importing this package loads NumPy and the standard library only;
-`FoldedCache`, `attach` and `detach` load torch and transformers when first used.
+adapters, loading, evaluation, sessions and the command line. Importing this package loads NumPy and the standard library
+only; `FoldedCache`, `Session`, `attach` and `detach` load torch and transformers when first used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvfold.config import CacheSpec, SideSpec
@@ -14,23 +15,36 @@ from kvfold.errors import KvfoldError, MissingExtra
 
 if TYPE_CHECKING:
     from kvfold.adapters.hf_transformers import FoldedCache, attach, detach, register
+    from kvfold.sessions.session import Session
 
 __version__ = "0.1.0"
-__all__ = ["CacheSpec", "FoldedCache", "KvfoldError", "SideSpec", "__version__", "attach", "detach", "register"]
+__all__ = [
+    "CacheSpec",
+    "FoldedCache",
+    "KvfoldError",
+    "Session",
+    "SideSpec",
+    "__version__",
+    "attach",
+    "detach",
+    "register",
+]
 
-_FROM_ADAPTER = ("FoldedCache", "attach", "detach", "register")
+_ADAPTER = "kvfold.adapters.hf_transformers"
+_LAZY = dict.fromkeys(("FoldedCache", "attach", "detach", "register"), _ADAPTER) | {
+    "Session": "kvfold.sessions.session"
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FROM_ADAPTER:
+    if name not in _LAZY:
         raise AttributeError(f"module 'kvfold' has no attribute {name!r}")
     try:
-        from kvfold.adapters import hf_transformers
+        return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise
         raise MissingExtra.of(f"kvfold.{name}", str(error.name), "transformers") from error
-    return getattr(hf_transformers, name)
 
 
 def __dir__() -> list[str]:

@@ -19,6 +19,15 @@ KvfoldError
 │   ├── ModelNotFound
 │   ├── NeedsRemoteCode
 │   └── UnsupportedModel
+├── RequestError             a request to a served model that cannot be met
+│   ├── BadPrompt            empty, or refused by the chat template
+│   ├── ChatTemplateMissing  messages, for a model that only continues text
+│   ├── ContextTooLong       prompt and answer exceed the model's or the memory's limit
+│   ├── Overloaded           too many requests wait already
+│   ├── Draining             the model is being shut down
+│   ├── RequestCancelled     by its client, or by the end of the server
+│   ├── OutOfMemory          memory ran out under it
+│   └── ModelFailure         a bug, here or in the model
 ├── MissingExtra             an optional dependency is not installed
 └── EvaluationError          text too short, context too long, and the like
 """
@@ -119,6 +128,46 @@ class NeedsRemoteCode(ModelError):
 
 
 class UnsupportedModel(ModelError):
+    pass
+
+
+class RequestError(KvfoldError):
+    pass
+
+
+class BadPrompt(RequestError):
+    pass
+
+
+class ChatTemplateMissing(RequestError):
+    pass
+
+
+class ContextTooLong(RequestError):
+    pass
+
+
+class Overloaded(RequestError):
+    """`retry_seconds`: when to try again."""
+
+    def __init__(self, message: str, cure: str = "", retry_seconds: int = 1) -> None:
+        super().__init__(message, cure)
+        self.retry_seconds = retry_seconds
+
+
+class Draining(RequestError):
+    pass
+
+
+class RequestCancelled(RequestError):
+    pass
+
+
+class OutOfMemory(RequestError):
+    pass
+
+
+class ModelFailure(RequestError):
     pass
 
 

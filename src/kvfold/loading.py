@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from kvfold.errors import KvfoldError, MissingExtra, ModelError, ModelNotFound, NeedsRemoteCode, UnsupportedModel
+from kvfold.errors import MissingExtra, ModelError, ModelNotFound, NeedsRemoteCode, UnsupportedModel
 from kvfold.planner import gguf
 from kvfold.planner.architecture import read
 from kvfold.planner.model import Model

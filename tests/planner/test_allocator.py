@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import FOLDING, make, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.families import FOLDING, make, prompt
 
 import kvfold
 from kvfold.cache.pages import PagePool

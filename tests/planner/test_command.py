@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import model_source
 
 from kvfold.cli import main
 from kvfold.cli.common import as_size, size
 from kvfold.errors import InvalidConfig, ModelError, UnsupportedModel
 from kvfold.evaluation.memory import peak, planned
 from kvfold.loading import demo_folder, describe
-from tests.conftest import model_source
 
 CONFIGS = Path(__file__).parent / "configs"
 KEYS = {

@@ -290,6 +290,11 @@ class FoldedCache(Cache):
         return sum(x.folded.nbytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
 
     @property
+    def used_bytes(self) -> int:
+        """What this cache's own tokens need, where `nbytes` counts all of the pools that it shares with others."""
+        return sum(x.folded.used_bytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+
+    @property
     def reference_bytes(self) -> int:
         """16 bits per key and value of the folded layers' tokens: what the ratio is against."""
         return sum(

@@ -82,13 +82,27 @@ class CallGuard:
     def unfinished(self) -> bool:
         return bool(self.stored)
 
+    def _check(self) -> None:
+        if self.busy:
+            raise _overlap()
+        if self.stored:
+            raise _unfinished()
+
     def check(self) -> None:
         """Raise if a call is under way or stopped half-way."""
         with self._lock:
-            if self.busy:
-                raise _overlap()
-            if self.stored:
-                raise _unfinished()
+            self._check()
+
+    def hold(self) -> None:
+        """Refuse every use until `free`: something else works on the cache's rows."""
+        with self._lock:
+            self._check()
+            self.busy = True
+
+    def free(self) -> None:
+        with self._lock:
+            self.busy = False
+            self._idle()
 
     def clear(self) -> None:
         """Forget the call under way; whatever still runs in it is refused."""

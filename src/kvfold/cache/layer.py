@@ -13,7 +13,7 @@ from kvfold.cache.pages import PagePool
 from kvfold.cache.sequence import Engine, LayerSequence
 from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.engine.request import AttendRequest, LayerShape
-from kvfold.errors import DeviceMismatch, DtypeMismatch, InvalidInput, NonFiniteInput, ShapeMismatch
+from kvfold.errors import CacheMisuse, DeviceMismatch, DtypeMismatch, InvalidInput, NonFiniteInput, ShapeMismatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -196,6 +196,24 @@ class FoldedAttention:
                 s.release()
         self.sequences = chosen
 
+    @classmethod
+    def gather(cls, layers: Sequence[FoldedAttention]) -> FoldedAttention:
+        """A layer whose rows are the rows of all `layers`: the same sequences, so what it appends or trims they have, too.
+
+        Raises CacheMisuse if the layers differ in spec, engine, shape, dtype or device, or hold no tokens.
+        """
+        first = layers[0]
+        kinds = {(x.spec, x._built, x.engine.name if x.engine is not None else None) for x in layers}
+        if len(kinds) > 1 or first._built is None or not all(x.sequences for x in layers):
+            raise CacheMisuse(
+                f"layer {first.layer}: caches of different kinds, or empty ones, cannot be one batch",
+                "Prefill each, and use one model and one profile",
+            )
+        other = cls(first.spec, first.layer, first._make)
+        other.__dict__.update(first.__dict__)
+        other.sequences = [s for x in layers for s in x.sequences]
+        return other
+
     def fork(self) -> FoldedAttention:
         """An independent continuation of every sequence; pages stay shared until one side folds anew."""
         other = FoldedAttention(self.spec, self.layer, self._make)
@@ -216,11 +234,23 @@ class FoldedAttention:
         return sum(s.nbytes() for s in storages.values())
 
     @property
+    def _pools(self) -> list[PagePool]:
+        """The pools its pages lie in: its own, and in a gathered layer those of its rows."""
+        return list({id(p): p for p in (self.pool, *(s.pool for s in self.sequences))}.values())
+
+    @property
     def nbytes(self) -> int:
         """Every byte allocated for this layer's context; pages shared with forks and their free space included."""
         if self.engine is None:
             return 0
-        return self.pool.nbytes + self.exact_bytes + sum(s.table_bytes for s in self.sequences)
+        pages = sum(p.nbytes for p in self._pools)
+        return pages + self.exact_bytes + sum(s.table_bytes for s in self.sequences)
+
+    @property
+    def used_bytes(self) -> int:
+        """What this layer's own sequences need: their pages, shared or not, each once; exact tokens; tables."""
+        pages = {(id(s.pool), p): s.pool.page_bytes for s in self.sequences for p in s.pages}
+        return sum(pages.values()) + self.exact_bytes + sum(s.table_bytes for s in self.sequences)
 
     def report(self) -> dict[str, float | int | str]:
         """Bytes by kind, tokens, and bits per folded value."""
@@ -232,8 +262,8 @@ class FoldedAttention:
             "kind": "folded",
             "backend": self.engine.name,
             "bytes": self.nbytes,
-            "page_bytes": self.pool.nbytes,
-            "pages": self.pool.pages_used,
+            "page_bytes": sum(p.nbytes for p in self._pools),
+            "pages": sum(p.pages_used for p in self._pools),
             "exact_bytes": self.exact_bytes,
             "table_bytes": sum(s.table_bytes for s in self.sequences),
             "tokens": sum(s.length for s in self.sequences),

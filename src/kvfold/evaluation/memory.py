@@ -8,7 +8,6 @@ answer stands beside the measured one: what the process held before it loaded th
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -62,14 +61,10 @@ def planned(source: str, context: int, profile: str, folded: dict[str, int]) -> 
     return {"peak_bytes": folded["peak"], "planned_peak_bytes": total, "plan_error": total / folded["peak"] - 1}
 
 
-def _peak_bytes() -> int:
-    """The most this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _resident_bytes() -> int:
-    """What this process holds now: imports that compile leave their peak above it."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _held(what: str) -> int:
+    """VmRSS or VmHWM, what this process holds now or at most, in bytes. Not getrusage: that keeps the peak of the parent."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{what}:"))
+    return int(line.split()[1]) * 1024
 
 
 def _child(kind: str, source: str, context: int, profile: str) -> dict[str, int]:
@@ -82,7 +77,7 @@ def _child(kind: str, source: str, context: int, profile: str) -> dict[str, int]
     from kvfold.loading import Options, load
 
     return_large_blocks()  # a folded cache does so; without it the other processes' peaks vary by 80 MB from run to run
-    runtime = _resident_bytes()
+    runtime = _held("VmRSS")
     loaded = load(source, Options(dtype="float32"))
     model = loaded.model
     ids = torch.tensor([stream(haystack(), loaded.tokenizer, context)[:context]])
@@ -97,7 +92,7 @@ def _child(kind: str, source: str, context: int, profile: str) -> dict[str, int]
             token = out.logits[:, -1:].argmax(-1)
             out = model(token, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    result = {"runtime": runtime, "weights_bytes": weights, "peak": _peak_bytes()}
+    result = {"runtime": runtime, "weights_bytes": weights, "peak": _held("VmHWM")}
     if isinstance(cache, FoldedCache):
         result |= {"cache_bytes": cache.nbytes, "reference_bytes": cache.reference_bytes}
     return result

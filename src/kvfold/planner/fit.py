@@ -21,8 +21,8 @@ def fitted(model: Model, setting: Setting, memory: int) -> dict[str, Any]:
     result = plan(model, setting)
     binding = max(TERMS, key=lambda k: result[k]).removesuffix("_bytes")
 
-    def fits(**changes: int) -> bool:
-        return plan(model, replace(setting, **changes))["total_bytes"] <= memory
+    def fits(changed: Setting) -> bool:
+        return bool(plan(model, changed)["total_bytes"] <= memory)
 
     return {
         **result,
@@ -30,8 +30,8 @@ def fitted(model: Model, setting: Setting, memory: int) -> dict[str, Any]:
         "fits": result["total_bytes"] <= memory,
         "headroom_bytes": memory - result["total_bytes"],
         "binding": binding,
-        "max_context": largest(lambda n: fits(context=n)),
-        "max_sessions": largest(lambda n: fits(sessions=n)),
+        "max_context": largest(lambda n: fits(replace(setting, context=n))),
+        "max_sessions": largest(lambda n: fits(replace(setting, sessions=n))),
         "model_max_context": model.max_context,
     }
 

@@ -18,9 +18,9 @@ def page_of(spec: CacheSpec, attention: Attention, dtype_bytes: int, backend: st
     Raises NoImplementation or UnsupportedHeadDim as the cache would.
     """
     if not find_spec("torch"):
-        dims = (attention.key_dim, attention.value_dim)
-        sides = (fields(s, dim, dtype_bytes) for s, dim in zip((spec.key, spec.value), dims, strict=True))
-        return PageLayout(*sides, attention.kv_heads, attention.key_dim, spec.centre).page_bytes, "none"
+        key = fields(spec.key, attention.key_dim, dtype_bytes)
+        value = fields(spec.value, attention.value_dim, dtype_bytes)
+        return PageLayout(key, value, attention.kv_heads, attention.key_dim, spec.centre).page_bytes, "none"
     import torch
 
     from kvfold.engine.request import LayerShape

@@ -1,0 +1,1 @@
+"""HTTP: the endpoints OpenAI's clients know, health and metrics, in front of one model."""

@@ -1,0 +1,96 @@
+"""What every endpoint shares: the model under its served name, and how an answer is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from kvfold.errors import KvfoldError, RequestCancelled
+from kvfold.server.errors import ApiError, as_api_error, body
+from kvfold.server.metrics import Metrics
+from kvfold.server.replies import DONE, Reply, event
+from kvfold.serving.model import History, Model
+from kvfold.serving.streams import AsyncStream
+
+# Between a stream's signs of life while a prompt is read: proxies and clients give up on silent connections.
+PROGRESS_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """name: the model's id for clients. default_tokens: of a chat answer whose request sets no limit."""
+
+    model: Model
+    name: str
+    metrics: Metrics
+    default_tokens: int = 2048
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, wanted: str) -> None:
+        if wanted != self.name:
+            raise ApiError(404, "model_not_found", f"this server serves {self.name!r}, not {wanted!r}", "model")
+
+    def text_of(self, token: int) -> str:
+        return self.model.tokenizer.decode([token])
+
+    async def tokens(self, history: History) -> list[int]:
+        """Token ids, made in a thread: a long text takes a while."""
+        return await asyncio.to_thread(self.model.tokens, history)
+
+    def answer_tokens(self, prompt_tokens: int) -> int:
+        """How long an answer may be when its request does not say."""
+        return max(1, min(self.default_tokens, self.model.max_context - prompt_tokens))
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def send(request: Request, stream: AsyncStream, reply: Reply, as_events: bool) -> Response:
+    """The answer as events, or whole. A client that leaves ends the decoding."""
+    if as_events:
+        headers = {"X-Accel-Buffering": "no"}
+        return StreamingResponse(_events(stream, reply), media_type="text/event-stream", headers=headers)
+    reading = asyncio.ensure_future(stream.read())
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            raise RequestCancelled("the client left", "Send it again")
+        return JSONResponse(reply.whole(reading.result()))
+    finally:
+        reading.cancel()  # which ends the decoding, if it has not ended
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(stream: AsyncStream, reply: Reply) -> AsyncIterator[bytes]:
+    """Server-sent events; comments while the prompt is read. Starlette cancels it when the client leaves."""
+    job = stream.job
+    try:
+        for x in reply.opening():
+            yield x
+        while not stream.complete:
+            piece = await stream.wait(PROGRESS_SECONDS)
+            if piece is not None:
+                yield b"".join(reply.piece(piece))
+            elif not job.answer:
+                read = len(job.session.tokens) if job.session is not None else 0
+                yield f": read {read} of {len(job.prompt)}\n\n".encode()
+        yield b"".join(reply.closing(job.usage))
+    except KvfoldError as error:
+        made = as_api_error(error)
+        yield event(body(made.status, made.code, made.message)) + DONE
+    finally:
+        if not stream.complete:
+            stream.cancel()

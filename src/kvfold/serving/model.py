@@ -1,0 +1,152 @@
+"""`kvfold.load`: a model to talk to, from threads, from an event loop, and behind the server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Literal, overload
+
+from kvfold.errors import BadPrompt, ContextTooLong, InvalidConfig
+from kvfold.loading import Loaded, Options
+from kvfold.loading import load as load_model
+from kvfold.serving.generation import Generation
+from kvfold.serving.job import Channel, Job
+from kvfold.serving.prompts import Message, chat_tokens, text_tokens
+from kvfold.serving.scheduler import Limits, Meter, Scheduler
+from kvfold.serving.streams import Answer, AsyncStream, LoopChannel, Stream, ThreadChannel
+from kvfold.sessions.runner import Runner
+from kvfold.sessions.session import Session
+
+History = str | Sequence[Message]
+
+# Calls over a prompt. On CPUs longer ones are no faster and keep answers waiting; GPUs need more rows to be busy.
+CPU_CALL_TOKENS, GPU_CALL_TOKENS = 128, 512
+_THREADS = ThreadChannel()
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """A shelf that keeps nothing."""
+
+    runner: Runner
+
+    def open(self, tokens: Sequence[int], name: str | None) -> Session:
+        return Session(self.runner)
+
+    def close(self, session: Session, name: str | None) -> None: ...
+
+
+class Model:
+    """A loaded model with its scheduler. `close` it, or use it as `with`.
+
+    max_context: tokens of prompt and answer; the model's own limit if that is smaller. call_tokens: tokens of a prompt
+    read in one call.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        profile: str = "balanced",
+        *,
+        limits: Limits | None = None,
+        meter: Meter | None = None,
+        max_context: int | None = None,
+        call_tokens: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.source = loaded.model, loaded.tokenizer, loaded.source
+        if call_tokens is None:
+            call_tokens = CPU_CALL_TOKENS if loaded.model.device.type == "cpu" else GPU_CALL_TOKENS
+        self.runner = Runner(loaded.model, loaded.tokenizer, profile, call_tokens=call_tokens)
+        text = loaded.model.config.get_text_config()
+        self.vocabulary: int = text.vocab_size
+        own = getattr(text, "max_position_embeddings", None)
+        self.max_context: int = min(x for x in (own, max_context, 1 << 30) if x)
+        shelf = _Fresh(self.runner)
+        self.scheduler = Scheduler(self.runner, shelf, _ends(loaded), limits or Limits(), meter or Meter())
+
+    def tokens(self, history: History) -> list[int]:
+        """Token ids of plain text, or of messages through the chat template.
+
+        Raises ChatTemplateMissing, and BadPrompt for messages that the template refuses.
+        """
+        if isinstance(history, str):
+            return text_tokens(self.tokenizer, history)
+        return chat_tokens(self.tokenizer, history)
+
+    def _submit(self, prompt: list[int], generation: Generation, channel: Channel, ready: Any) -> Job:
+        """Raises BadPrompt, ContextTooLong, InvalidConfig, Overloaded, Draining."""
+        if not prompt:
+            raise BadPrompt("the prompt has no tokens", "Send some text")
+        if max(max(prompt), max(generation.logit_bias, default=0)) >= self.vocabulary:
+            raise InvalidConfig(f"a token id is beyond the vocabulary of {self.vocabulary}", "Use this model's ids")
+        room = self.max_context - len(prompt)
+        if (wanted := generation.max_tokens or 1) > room:
+            raise ContextTooLong(
+                f"the context ends at {self.max_context} tokens; the prompt has {len(prompt)}, {wanted} are to follow",
+                "Send a shorter prompt, or ask for fewer tokens",
+            )
+        job = Job(prompt, replace(generation, max_tokens=generation.max_tokens or room), self.tokenizer, channel, ready)
+        self.scheduler.submit(job)
+        return job
+
+    def stream(self, prompt: list[int], generation: Generation) -> Stream:
+        """An answer to token ids, for a reader in this or another thread."""
+        return Stream(self.scheduler, self._submit(prompt, generation, _THREADS, threading.Event()))
+
+    def astream(self, prompt: list[int], generation: Generation) -> AsyncStream:
+        """An answer to token ids, for a reader in the running event loop."""
+        channel = LoopChannel(asyncio.get_running_loop())
+        return AsyncStream(self.scheduler, self._submit(prompt, generation, channel, asyncio.Event()))
+
+    @overload
+    def complete(self, history: History, *, stream: Literal[False] = False, **generation: Any) -> Answer: ...
+
+    @overload
+    def complete(self, history: History, *, stream: Literal[True], **generation: Any) -> Stream: ...
+
+    def complete(self, history: History, *, stream: bool = False, **generation: Any) -> Answer | Stream:
+        """Continue plain text, or answer messages [{"role", "content"}]. generation: fields of Generation.
+
+        Raises RequestError subclasses, and InvalidConfig that names a field.
+        """
+        out = self.stream(self.tokens(history), Generation(**generation))
+        return out if stream else out.read()
+
+    @overload
+    async def acomplete(self, history: History, *, stream: Literal[False] = False, **generation: Any) -> Answer: ...
+
+    @overload
+    async def acomplete(self, history: History, *, stream: Literal[True], **generation: Any) -> AsyncStream: ...
+
+    async def acomplete(self, history: History, *, stream: bool = False, **generation: Any) -> Answer | AsyncStream:
+        """`complete` for event loops: `await` it; a stream is then read with `async for`."""
+        tokens = await asyncio.to_thread(self.tokens, history)
+        out = self.astream(tokens, Generation(**generation))
+        return out if stream else await out.read()
+
+    def close(self, grace_seconds: float = 0.0) -> None:
+        """Take no more requests, give those there are so much time, and stop."""
+        self.scheduler.close(grace_seconds)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _ends(loaded: Loaded) -> frozenset[int]:
+    """Token ids that end an answer, by the generation config and by the tokenizer."""
+    ids = loaded.model.generation_config.eos_token_id
+    found = {*(ids if isinstance(ids, list) else [ids]), loaded.tokenizer.eos_token_id}
+    return frozenset(i for i in found if i is not None)
+
+
+def open_model(source: str, profile: str = "balanced", options: Options | None = None, **how: Any) -> Model:
+    """Load a model to talk to: a folder, a hub id, a GGUF file, or `demo`. how: arguments of Model."""
+    return Model(load_model(source, options), profile, **how)
