@@ -30,6 +30,7 @@ bool usable(const kvf_attend_request& request) {
   for (int b = 0; b < request.batch; ++b) {
     const kvf_sequence& s = request.sequences[b];
     if (s.folded < 0 || s.recent < 0) return false;
+    if (s.recent_table != nullptr && s.recent_block < 1) return false;
     if (s.pads < 0 || s.pads > request.query_tokens) return false;
   }
   return true;

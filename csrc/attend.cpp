@@ -192,7 +192,11 @@ void Rows::exact(const QueryTile* queries, TileState* states) const {
   };
   std::fill(limits, limits + kSetRows, std::numeric_limits<std::int64_t>::max());
   if (s.folded > 0) run(s.sink_key, s.sink_value, 0, 0, request.format->sinks);
-  run(s.recent_key, s.recent_value, 0, 0, s.recent);
+  const std::int64_t stretch = s.recent_table == nullptr ? s.recent : s.recent_block;
+  for (std::int64_t t = 0; t < s.recent; t += stretch) {
+    const std::int64_t block = s.recent_table == nullptr ? 0 : s.recent_table[t / stretch];
+    run(s.recent_key, s.recent_value, block, 0, std::min(stretch, s.recent - t));
+  }
   for (int row = 0; row < count; ++row) limits[row] = token(row) - s.pads + 1;
   run(request.new_key, request.new_value, sequence, s.pads, limits[count - 1]);
 }

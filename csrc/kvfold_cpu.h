@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define KVF_ABI_VERSION 1
+#define KVF_ABI_VERSION 2
 
 enum { KVF_OK = 0, KVF_UNSUPPORTED = 1, KVF_NON_FINITE = 2, KVF_NO_LEVEL = 3, KVF_NO_MEMORY = 4, KVF_NOT_A_PAGE = 5 };
 enum { KVF_FLOAT32 = 0, KVF_BFLOAT16 = 1, KVF_FLOAT16 = 2 };
@@ -63,6 +63,10 @@ typedef struct kvf_sequence {
   int64_t pads; /* left pads among the call's tokens */
   kvf_vectors recent_key, recent_value; /* [kv_heads, recent, head_dim] */
   kvf_vectors sink_key, sink_value;     /* [kv_heads, sinks, head_dim]  */
+  /* Null: recent tokens follow each other. Else they lie in blocks of a pool, `recent_block` tokens in each and outer_stride from
+     block to block: token t in block recent_table[t / recent_block]. */
+  const int32_t* recent_table;
+  int64_t recent_block;
 } kvf_sequence;
 
 typedef struct kvf_attend_request {

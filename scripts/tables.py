@@ -1,4 +1,4 @@
-"""Write the tables of README.md from bench/results/*.csv; --check fails if they differ from what is there."""
+"""Write the tables of README.md and docs/ from bench/results/*.csv; --check fails if they differ from what is there."""
 
 from __future__ import annotations
 
@@ -115,6 +115,24 @@ def distortion_table() -> str:
     return markdown(head, body)
 
 
+PLAN_PROFILES = ("faithful-3.5", "faithful-2.5", "balanced", "compact")
+
+
+def plan_table() -> str:
+    """A row per example, a column per profile."""
+    cases: dict[tuple[str, int, int], dict[str, Row]] = {}
+    for r in read("plan"):
+        name = Path(r["command"].split()[2]).stem
+        cases.setdefault((name, int(r["context"]), int(r["sessions"])), {})[r["profile"]] = r
+    body = []
+    for (name, context, sessions), rows in cases.items():
+        first = rows["balanced"]
+        gib = [f"{int(rows[p]['folded_bytes']) / 2**30:.2f}" for p in PLAN_PROFILES]
+        state = f"{int(first['state_bytes']) / 2**20:.0f} MiB" if int(first["state_bytes"]) else "-"
+        body.append([name, f"{context:,}", str(sessions), f"{int(first['reference_bytes']) / 2**30:.2f}", *gib, state])
+    return markdown(["model", "context", "sessions", "16-bit", *PLAN_PROFILES, "state"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "eval": eval_table,
     "needle": needle_table,
@@ -122,21 +140,22 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "bench": bench_table,
     "distortion": distortion_table,
+    "plan": plan_table,
 }
 
 
 def main(check: bool) -> None:
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = re.sub(
-        r"<!-- table: (\w+) -->\n.*?<!-- end -->",
-        lambda m: f"<!-- table: {m[1]} -->\n{TABLES[m[1]]()}\n<!-- end -->",
-        before,
-        flags=re.DOTALL,
-    )
-    if check and before != after:
-        sys.exit("README.md's tables are not those of bench/results; run python scripts/tables.py")
-    path.write_text(after, encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = path.read_text(encoding="utf-8")
+        after = re.sub(
+            r"<!-- table: (\w+) -->\n.*?<!-- end -->",
+            lambda m: f"<!-- table: {m[1]} -->\n{TABLES[m[1]]()}\n<!-- end -->",
+            before,
+            flags=re.DOTALL,
+        )
+        if check and before != after:
+            sys.exit(f"{path.name}'s tables are not those of bench/results; run python scripts/tables.py")
+        path.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

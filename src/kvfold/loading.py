@@ -6,6 +6,7 @@ Local files come first; the network is asked only for a hub id that is not in th
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 from kvfold.errors import MissingExtra, ModelError, ModelNotFound, NeedsRemoteCode, UnsupportedModel
+from kvfold.planner import gguf
+from kvfold.planner.architecture import read
+from kvfold.planner.model import Model
+from kvfold.planner.weights import Weights, of_folder, of_gguf
 
 DEMO = "recall-llama-12m"
 # The shipped models have no chat format of their own: contents are joined as they are.
@@ -125,6 +130,92 @@ def _explain(source: str, error: Exception, options: Options) -> ModelError:
 def load_config(source: str, options: Options | None = None) -> Any:
     """The config alone, without weights. Raises ModelError subclasses with the cure."""
     return _load(source, options or Options(), weights=False).model
+
+
+@dataclass(frozen=True)
+class Described:
+    """model: what the planner reads; weights: of the files at hand, or counted from the config; None if unknown."""
+
+    model: Model
+    weights: Weights | None
+    source: str
+
+
+def describe(source: str, options: Options | None = None) -> Described:
+    """A model's shape and weights without loading it: a folder, a config.json, a GGUF file, a hub id or `demo`.
+
+    Needs neither torch nor transformers for files at hand; with transformers, configs it knows are completed by it.
+    """
+    options = options or Options()
+    path = Path(source).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        return _described(_config_of(path), None, source)
+    where, extra = _resolve(source)
+    if "gguf_file" in extra:
+        metadata, weights = of_gguf(Path(where) / extra["gguf_file"])
+        return Described(read(gguf.as_config(metadata)), weights, source)
+    folder = Path(where) if Path(where).is_dir() else _cached_folder(where, options)
+    return _described(_config_of(folder / "config.json"), of_folder(folder), source)
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error})", "Give the config.json of a model") from error
+
+
+def _described(config: dict[str, Any], weights: Weights | None, source: str) -> Described:
+    """With transformers, a known model_type gets the keys its config class derives and, without files, its parameters."""
+    try:
+        from transformers import CONFIG_MAPPING
+    except ModuleNotFoundError:
+        return Described(read(config), weights, source)
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return Described(read(config), weights, source)
+    known = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    return Described(read(complete(known)), weights or _counted(known), source)
+
+
+def complete(config: Any) -> dict[str, Any]:
+    """A transformers config as the content of a config.json, derived keys included."""
+    text = config.get_text_config(decoder=True)
+    keys = {"layer_types": getattr(text, "layer_types", None), "dtype": text.dtype or config.dtype}
+    return {**text.to_dict(), **{k: v for k, v in keys.items() if v is not None}}
+
+
+def _counted(config: Any) -> Weights | None:
+    """Weights that a config alone describes, at the config's dtype; None for classes that cannot be made without files."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        if type(config) in mapping:
+            with torch.device("meta"):
+                model = mapping[type(config)](config)
+            parameters = sum(p.numel() for p in model.parameters())
+            return Weights(parameters * (config.dtype or torch.bfloat16).itemsize, parameters)
+    return None
+
+
+def _cached_folder(source: str, options: Options) -> Path:
+    """The folder of a hub id in the local cache; the hub is asked for the config alone if it is not there."""
+    folder = _snapshot(source, options.revision or "main")
+    if folder is None:
+        load_config(source, options)
+        folder = _snapshot(source, options.revision or "main")
+    if folder is None:
+        raise ModelNotFound(f"{source} is not in the local cache", "Give a folder, a config.json, or 'demo'")
+    return folder
+
+
+def _snapshot(source: str, revision: str) -> Path | None:
+    """Where the hub's cache keeps a revision, if its config is there. Works without the hub's client."""
+    home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+    repo = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))) / f"models--{source.replace('/', '--')}"
+    ref = repo / "refs" / revision
+    folder = repo / "snapshots" / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision)
+    return folder if (folder / "config.json").is_file() else None
 
 
 def load(source: str, options: Options | None = None) -> Loaded:

@@ -35,7 +35,7 @@ def test_other_names_and_other_sites_are_refused(served: Running) -> None:
     assert refusal(httpx.get(url, headers={"Host": "[::1"})) == (403, "unknown_host")
     assert refusal(httpx.get(url, headers={"Origin": "http://evil.example"})) == (403, "unknown_origin")
     assert refusal(httpx.get(url, headers={"Origin": "null"})) == (403, "unknown_origin")
-    assert refusal(httpx.get(url, headers={"Origin": "http://127.0.0.1:1"})) == (403, "unknown_origin")
+    assert refusal(httpx.get(url, headers={"Origin": f"http://127.0.0.1:{1}"})) == (403, "unknown_origin")
     assert httpx.get(url, headers={"Origin": served.url}).status_code == 200
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -143,7 +144,11 @@ class FoldedLayer(CacheLayerMixin):
 
 
 # Layers of other kinds stay as transformers has them: their memory is bounded.
-STOCK_LAYERS = (DynamicSlidingWindowLayer, LinearAttentionLayer)
+STOCK_LAYERS = (
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    getattr(cache_utils, "DummyLayer", LinearAttentionLayer),
+)
 
 
 class FoldedCache(Cache):

@@ -9,13 +9,10 @@ import mmap
 import torch
 from torch import Tensor
 
+from kvfold.cache.sizes import mapped
+
 LARGE_BLOCK_BYTES = 1 << 18
 M_MMAP_THRESHOLD = -3  # of <malloc.h>
-
-
-def reserved_bytes(nbytes: int, device: torch.device) -> int:
-    """What `reserve` takes for so many bytes."""
-    return nbytes if device.type != "cpu" else -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def reserve(nbytes: int, device: torch.device) -> Tensor:
@@ -25,7 +22,7 @@ def reserve(nbytes: int, device: torch.device) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     # Private: a forked process must not write into its parent's pages.
     how = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return torch.frombuffer(mmap.mmap(-1, reserved_bytes(nbytes, device), **how), dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, mapped(nbytes, on_cpu=True), **how), dtype=torch.uint8)
 
 
 @functools.cache

@@ -11,12 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.cache.memory import reserve, reserved_bytes
-
-# A slab holds 1/64 of the pages there are, so free space stays within about 2 % of the pages in use.
-SLACK = 64
-MIN_SLAB_PAGES = 4
-MAX_SLAB_PAGES = 256
+from kvfold.cache.memory import reserve
+from kvfold.cache.sizes import mapped, slab_pages
 
 
 class PagePool:
@@ -58,13 +54,8 @@ class PagePool:
             self._drain()
             return sum(self._used.values())
 
-    @staticmethod
-    def _slab_pages(used: int) -> int:
-        return min(MAX_SLAB_PAGES, max(MIN_SLAB_PAGES, used // SLACK))
-
     def _grow(self) -> None:
-        n = self._slab_pages(sum(self._used.values()))
-        memory = reserve(n * self.page_bytes, self.device)
+        memory = reserve(slab_pages(sum(self._used.values())) * self.page_bytes, self.device)
         n = len(memory) // self.page_bytes
         slab = memory[: n * self.page_bytes].view(n, self.page_bytes)
         first = self._next
@@ -91,7 +82,7 @@ class PagePool:
             self._drain()
             used, free, added = sum(self._used.values()), len(self._free), 0
             while free < pages:
-                slab = reserved_bytes(self._slab_pages(used + free) * self.page_bytes, self.device)
+                slab = mapped(slab_pages(used + free) * self.page_bytes, on_cpu=self.device.type == "cpu")
                 free, added = free + slab // self.page_bytes, added + slab
             return added
 

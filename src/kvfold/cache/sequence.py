@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.pages import PagePool
+from kvfold.cache.sizes import TABLE_ENTRY_BYTES
 from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.engine.request import SequenceView
 from kvfold.errors import CannotTrim
 
 # Pages folded by one engine call: bounds the float32 copies of a long prefill call.
 FOLD_PAGES = 8
-TABLE_ENTRY_BYTES = 8
 
 State = tuple[Tensor | None, Tensor | None]
 

@@ -37,6 +37,28 @@ def numbers(values: list[str], what: str, whole: bool) -> list[Any]:
     return out
 
 
+SIZE_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+SIZE_UNITS |= {f"{u}i": 1024**i for i, u in enumerate("kmgt", 1)}
+
+
+def size(text: str, what: str) -> int:
+    """`24GiB`, `24GB`, `512M` to bytes; units without an i are decimal."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if not match or match[2] not in SIZE_UNITS:
+        raise InvalidConfig(f"{text!r} is not a size for {what}", f"Write {what} as 24GiB, 16GB or 512MiB")
+    return int(float(match[1]) * SIZE_UNITS[match[2]])
+
+
+def as_size(nbytes: int) -> str:
+    """Bytes for people, in binary units."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:,.2f} {unit}" if unit != "B" else f"{nbytes} B"
+
+
 def show_json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
     sys.stdout.flush()

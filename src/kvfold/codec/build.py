@@ -18,13 +18,13 @@ def build(
     seed: int,
     layer: int,
     side: int,
-    kv_heads: int,
+    heads: range,
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> TorchCodec:
     """side: 0 keys, 1 values. Every KV head has its own stream of the seed, so a head-sharded cache gets the same codes."""
-    keys = [stream(seed, layer, head, side) for head in range(kv_heads)]
+    keys = [stream(seed, layer, head, side) for head in heads]
     if spec.codec == "raw":
         return Raw(head_dim, dtype)
     if spec.codec in ("mse", "uniform"):

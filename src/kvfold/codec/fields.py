@@ -39,6 +39,11 @@ def split_bits(bits: float) -> tuple[int, int]:
     return int(bits) + 1, int(bits)
 
 
+def state_bytes(spec: SideSpec, kv_heads: int, dim: int) -> int:
+    """Bytes that a codec freezes per sequence: int16 outlier channels of `split`."""
+    return 2 * kv_heads * split_dims(dim)[0] if spec.codec == "split" else 0
+
+
 def fields(spec: SideSpec, dim: int, value_bytes: int = 2) -> tuple[Field, ...]:
     """Fields of one side at head_dim `dim`; `value_bytes` is the model's, read by `raw` only.
 

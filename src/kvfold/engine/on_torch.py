@@ -39,8 +39,8 @@ class TorchEngine:
     def __init__(self, spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.shape, self.device = spec, shape, device
         heads, dim = shape.kv_heads, shape.head_dim
-        self.key = build(spec.key, spec.seed, shape.layer, 0, heads, dim, dtype, device)
-        self.value = build(spec.value, spec.seed, shape.layer, 1, heads, dim, dtype, device)
+        self.key = build(spec.key, spec.seed, shape.layer, 0, shape.heads, dim, dtype, device)
+        self.value = build(spec.value, spec.seed, shape.layer, 1, shape.heads, dim, dtype, device)
         for codec in (self.key, self.value):
             if isinstance(codec, Trellis) and device.type == "cpu" and not native_trellis.missing():
                 codec.search = native_trellis.viterbi

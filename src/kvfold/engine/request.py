@@ -9,12 +9,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Fixed facts of one layer. head dims of keys and values may differ only for codecs that say so."""
+    """Fixed facts of one layer. head dims of keys and values may differ only for codecs that say so.
+
+    first_head: the model's own number of the first KV head, where a process holds only some of a layer's heads.
+    """
 
     layer: int
     kv_heads: int
     head_dim: int
     dtype_bytes: int
+    first_head: int = 0
+
+    @property
+    def heads(self) -> range:
+        """The model's own numbers of the KV heads."""
+        return range(self.first_head, self.first_head + self.kv_heads)
 
 
 @dataclass(frozen=True)

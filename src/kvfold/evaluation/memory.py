@@ -1,16 +1,22 @@
 """Peak memory of prefill and decode, each cache in a process of its own.
 
 The baseline process makes the same calls without any cache: what it needs is the model and its activations. What a
-cache's process needs beyond that is the cache's doing: its bytes, its workspace and its allocator's waste.
+cache's process needs beyond that is the cache's doing: its bytes, its workspace and its allocator's waste. The planner's
+answer stands beside the measured one: what the process held before it loaded the model, plus the plan.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+from kvfold.loading import describe
+from kvfold.planner.model import FLOAT32_BYTES
+from kvfold.planner.plan import Setting, plan
+from kvfold.profiles import load as load_profile
 
 PREFILL_TOKENS = 2048
 DECODE_TOKENS = 64
@@ -38,7 +44,27 @@ def measure(source: str, context: int, profile: str) -> dict[str, float | int]:
         "stock_share": beyond["stock"] / reference,
         "folded_share": beyond["folded"] / reference,
         "over_cache_share": (beyond["folded"] - folded["cache_bytes"]) / reference,
+        **planned(source, context, profile, folded),
     }
+
+
+def planned(source: str, context: int, profile: str, folded: dict[str, int]) -> dict[str, float | int]:
+    """The plan for what a folded process did, and by how much its peak misses the one that `peak` measured."""
+    setting = Setting(
+        spec=load_profile(profile).spec,
+        context=context + DECODE_TOKENS,
+        weights_bytes=folded["weights_bytes"],
+        dtype_bytes=FLOAT32_BYTES,
+        prefill_tokens=PREFILL_TOKENS,
+    )
+    total = folded["runtime"] + plan(describe(source).model, setting)["total_bytes"]
+    return {"peak_bytes": folded["peak"], "planned_peak_bytes": total, "plan_error": total / folded["peak"] - 1}
+
+
+def _held(what: str) -> int:
+    """VmRSS or VmHWM, what this process holds now or at most, in bytes. Not getrusage: that keeps the peak of the parent."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{what}:"))
+    return int(line.split()[1]) * 1024
 
 
 def _child(kind: str, source: str, context: int, profile: str) -> dict[str, int]:
@@ -51,6 +77,7 @@ def _child(kind: str, source: str, context: int, profile: str) -> dict[str, int]
     from kvfold.loading import Options, load
 
     return_large_blocks()  # a folded cache does so; without it the other processes' peaks vary by 80 MB from run to run
+    runtime = _held("VmRSS")
     loaded = load(source, Options(dtype="float32"))
     model = loaded.model
     ids = torch.tensor([stream(haystack(), loaded.tokenizer, context)[:context]])
@@ -64,7 +91,8 @@ def _child(kind: str, source: str, context: int, profile: str) -> dict[str, int]
         for _ in range(DECODE_TOKENS):
             token = out.logits[:, -1:].argmax(-1)
             out = model(token, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
-    result = {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    result = {"runtime": runtime, "weights_bytes": weights, "peak": _held("VmHWM")}
     if isinstance(cache, FoldedCache):
         result |= {"cache_bytes": cache.nbytes, "reference_bytes": cache.reference_bytes}
     return result

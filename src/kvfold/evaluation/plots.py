@@ -7,8 +7,8 @@ from typing import Any
 from kvfold.errors import MissingExtra
 
 
-def heat_maps(rows: list[dict[str, Any]], path: str) -> None:
-    """Needle recall, contexts by depths: one column per kind, stock cache above, folded cache below."""
+def _pyplot() -> Any:
+    """matplotlib, drawing to files. Raises MissingExtra without it."""
     try:
         import matplotlib as mpl
     except ModuleNotFoundError as error:
@@ -16,6 +16,33 @@ def heat_maps(rows: list[dict[str, Any]], path: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def bars(rows: list[dict[str, Any]], path: str) -> None:
+    """Plans of several profiles: what each term takes, in GiB, one bar per profile and one for 16 bits."""
+    plt = _pyplot()
+    terms = ("weights_bytes", "state_bytes", "workspace_bytes", "folded_bytes")
+    first = rows[0]
+    bars = [{**first, "profile": "16-bit", "folded_bytes": first["reference_bytes"]}, *rows]
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(bars) + 1.6), layout="constrained")
+    left = [0.0] * len(bars)
+    for term in terms:
+        width = [r[term] / 2**30 for r in bars]
+        axis.barh([r["profile"] for r in bars], width, left=left, label=term.removesuffix("_bytes"))
+        left = [a + b for a, b in zip(left, width, strict=True)]
+    axis.axvline(first["memory_bytes"] / 2**30, color="black", linestyle=":", label="memory")
+    axis.invert_yaxis()
+    axis.set_xlabel("GiB")
+    axis.set_title(f"{first['model']}, {first['context']:,} tokens, {first['sessions']} sessions")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def heat_maps(rows: list[dict[str, Any]], path: str) -> None:
+    """Needle recall, contexts by depths: one column per kind, stock cache above, folded cache below."""
+    plt = _pyplot()
     kinds = sorted({r["kind"] for r in rows})
     contexts = sorted({r["context"] for r in rows})
     depths = sorted({r["depth"] for r in rows})

@@ -55,7 +55,7 @@ def _side(spec: SideSpec, dim: int) -> library.Side:
 
 def _signs(spec: CacheSpec, shape: LayerShape, side: int) -> NDArray[np.float32]:
     dim = shape.head_dim
-    return np.stack([signs(dim, stream(spec.seed, shape.layer, h, side)) for h in range(shape.kv_heads)])
+    return np.stack([signs(dim, stream(spec.seed, shape.layer, h, side)) for h in shape.heads])
 
 
 def _vectors(x: Tensor, outer: int) -> library.Vectors:
@@ -103,10 +103,10 @@ class CpuEngine:
         self.row_bytes = library.call("kvf_row_bytes")(self.format)
         self.page_bytes = -(-self.row_bytes // ROW_ALIGN) * ROW_ALIGN
 
-    def _threads(self) -> int:
+    def thread_count(self) -> int:
         return self.threads or library.default_threads()
 
-    def _check(self, status: int) -> None:
+    def check(self, status: int) -> None:
         if status == library.NO_MEMORY:
             raise MemoryError("the CPU engine could not allocate its workspace")
         if status != library.OK:
@@ -128,7 +128,7 @@ class CpuEngine:
         status = library.call("kvf_fold")(
             self.format,
             self.level.index,
-            self._threads(),
+            self.thread_count(),
             DTYPES[keys.dtype],
             _vectors(keys, keys.stride(0)),
             _vectors(values, values.stride(0)),
@@ -141,7 +141,7 @@ class CpuEngine:
                 f"layer {self.shape.layer}: a key or value vector holds NaN or infinity, or is too long for a float16 scale",
                 "Check the model's activations, or use profile 'lossless'",
             )
-        self._check(status)
+        self.check(status)
 
     def refill(self, row: Tensor, keys: Tensor, values: Tensor, state: tuple[Tensor | None, Tensor | None]) -> None:
         """Write tokens [H, n, D] into the tail of a page whose head stays. Rare (after a trim), so by way of torch."""
@@ -154,7 +154,7 @@ class CpuEngine:
         size = (len(rows), self.shape.kv_heads, PAGE_TOKENS, self.shape.head_dim)
         keys, values = torch.empty(size), torch.empty(size)
         for row, k, v in zip(rows, keys, values, strict=True):
-            self._check(
+            self.check(
                 library.call("kvf_unfold")(self.format, self.level.index, row.data_ptr(), k.data_ptr(), v.data_ptr())
             )
         return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
@@ -162,14 +162,14 @@ class CpuEngine:
     def to_canonical(self, row: Tensor) -> Tensor:
         """A page in the byte order of files, uint8 [layout.page_bytes]."""
         out = torch.empty(self.layout.page_bytes, dtype=torch.uint8)
-        self._check(library.call("kvf_to_canonical")(self.format, row.data_ptr(), out.data_ptr()))
+        self.check(library.call("kvf_to_canonical")(self.format, row.data_ptr(), out.data_ptr()))
         return out
 
     def from_canonical(self, row: Tensor) -> Tensor:
         """The inverse of to_canonical, uint8 [page_bytes]."""
         out = torch.zeros(self.page_bytes, dtype=torch.uint8)
         row = row.contiguous()
-        self._check(library.call("kvf_from_canonical")(self.format, row.data_ptr(), out.data_ptr()))
+        self.check(library.call("kvf_from_canonical")(self.format, row.data_ptr(), out.data_ptr()))
         return out
 
     def attend(self, request: AttendRequest) -> Tensor:
@@ -188,14 +188,14 @@ class CpuEngine:
             DTYPES[q.dtype],
             DTYPES[self.dtype],
             self.level.index,
-            self._threads(),
+            self.thread_count(),
             request.scale,
             _vectors(q, q.stride(0)),
             _vectors(k, k.stride(0)),
             _vectors(v, v.stride(0)),
             out.data_ptr(),
         )
-        self._check(library.call("kvf_attend")(native))
+        self.check(library.call("kvf_attend")(native))
         return out
 
     def _sequence(self, view: SequenceView, kept: list[object]) -> library.Sequence:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvfold.errors import InvalidConfig, NoImplementation
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LEVEL_VARIABLE = "KVFOLD_CPU_LEVEL"
 OK, UNSUPPORTED, NON_FINITE, NO_LEVEL, NO_MEMORY = range(5)
 SCALE_RULES = ("norm", "unbiased", "least-squares", "match")
@@ -57,6 +57,8 @@ class Sequence(Structure):
         ("recent_value", Vectors),
         ("sink_key", Vectors),
         ("sink_value", Vectors),
+        ("recent_table", c_void_p),
+        ("recent_block", c_int64),
     )
 
 
@@ -108,9 +110,9 @@ class Level:
 
 
 def library_path() -> Path:
-    """Beside this file; in an editable installation, in the other folder of this package."""
+    """Beside this file, where scripts/build-native puts it; in an editable installation, in the other folder of this package."""
     name = "libkvfold_cpu" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-    places = [Path(folder) / name for folder in sys.modules[__package__].__path__]
+    places = [Path(__file__).parent / name, *(Path(folder) / name for folder in sys.modules[__package__].__path__)]
     return next((p for p in places if p.exists()), places[0])
 
 

@@ -89,10 +89,7 @@ class CudaEngine:
         self.signs = torch.stack(
             [
                 torch.stack(
-                    [
-                        torch.from_numpy(signs(dim, stream(spec.seed, shape.layer, h, side)))
-                        for h in range(shape.kv_heads)
-                    ]
+                    [torch.from_numpy(signs(dim, stream(spec.seed, shape.layer, h, side))) for h in shape.heads]
                 )
                 for side in (0, 1)
             ]

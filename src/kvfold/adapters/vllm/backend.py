@@ -1,0 +1,150 @@
+"""The attention backend that vLLM asks for: what memory a layer needs, what a step is, who computes it.
+
+Folded are full-attention decoder layers. Sliding-window layers, which are bounded anyway, stay vLLM's own on CPUs. What would
+change results and is not implemented is refused when the model is built.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
+
+from kvfold.adapters.vllm import chosen_spec
+from kvfold.adapters.vllm.step import Geometry, Step, plan
+from kvfold.config import PAGE_TOKENS
+from kvfold.engine.request import LayerShape
+from kvfold.engine.select import make_engine
+from kvfold.errors import Unsupported
+
+
+@functools.lru_cache
+def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one page of a layer, as the engine that will run it lays them out."""
+    device = torch.device(current_platform.device_type)
+    shape = LayerShape(0, kv_heads, head_dim, dtype.itemsize)
+    return make_engine("auto", chosen_spec(), shape, dtype, device).page_bytes
+
+
+class FoldedBackend(AttentionBackend):
+    """Chosen by `--attention-backend CUSTOM`."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
+    supported_kv_cache_dtypes = ["auto"]  # noqa: RUF012
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(PAGE_TOKENS)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        from kvfold.adapters.vllm.attention import FoldedImpl
+
+        return FoldedImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FoldedMetadataBuilder]:
+        return FoldedMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Full-attention layers hold pages. vLLM also asks what a single token takes, to size the blocks of hybrid models."""
+        if not isinstance(spec, FullAttentionSpec):
+            return spec
+        size = page_bytes(spec.num_kv_heads, spec.head_size, spec.dtype)
+        if spec.block_size % PAGE_TOKENS:
+            return replace(spec, num_head_slots=1, state_content_bytes=-(-size // PAGE_TOKENS))
+        return replace(spec, num_head_slots=1, state_content_bytes=size, tokens_per_state=PAGE_TOKENS)
+
+
+class FoldedCpuBackend(FoldedBackend, CPUAttentionBackend):
+    """In the place of vLLM's CPU_ATTN."""
+
+    # vLLM's own layers, which this backend makes too, update their cache in a call of its own; folded ones ignore it.
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "CPU_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        from kvfold.adapters.vllm.attention import FoldedCpuImpl
+
+        return FoldedCpuImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FoldedMetadataBuilder]:
+        return FoldedCpuMetadataBuilder
+
+
+class ExactBackend(FoldedBackend):
+    """Of the layers that only hold exact tokens."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return spec
+
+
+@dataclass
+class FoldedMetadata:
+    """A step, as the layers of one group of blocks see it."""
+
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    step: Step | None = None
+
+    def plan(self, geometry: Geometry, exact_table: Tensor) -> Step:
+        """Made by the first layer, used by all."""
+        if self.step is None:
+            starts, lengths = (x.cpu().numpy().astype("int64") for x in (self.query_start_loc, self.seq_lens))
+            self.step = plan(geometry, starts, lengths, self.block_table.cpu().numpy(), exact_table.cpu().numpy())
+        return self.step
+
+
+class FoldedMetadataBuilder(AttentionMetadataBuilder[FoldedMetadata]):
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> FoldedMetadata:
+        m = common_attn_metadata
+        if m.causal is not True:
+            raise Unsupported(
+                "folded attention is causal", "Unset KVFOLD_PROFILE to run this model in vLLM's own cache"
+            )
+        return FoldedMetadata(m.query_start_loc, m.seq_lens, m.block_table_tensor)
+
+
+class FoldedCpuMetadataBuilder(FoldedMetadataBuilder):
+    """For groups of folded layers; groups of vLLM's own get vLLM's own builder."""
+
+    def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any) -> Any:
+        if kv_cache_spec.tokens_per_state != PAGE_TOKENS:
+            return CPUAttentionMetadataBuilder(kv_cache_spec, *args, **kwargs)
+        return super().__new__(cls)

@@ -1,0 +1,153 @@
+"""What one scheduler step asks of every folded layer, worked out from vLLM's block tables: numbers only, no tensors, no vLLM.
+
+vLLM hands out two kinds of blocks per request (see `blocks`): blocks of pages, and blocks of exact tokens. Block 0 is vLLM's
+null block: tokens there have no exact copy. From this everything follows, and nothing is remembered between steps:
+
+- A page is folded in the step that completes it. Every full page is therefore valid, whoever reads it: the request itself
+  later, another that shares its prefix, one that is resumed.
+- A request reads its newest tokens exactly: those of the page being filled and of pages still in the window. Where the exact
+  copies are gone (a prefix found in the cache long after) it reads their pages instead.
+- Tokens of a page that is not full have no other place than their exact block. If that is null, memory was lost: refuse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvfold.config import PAGE_TOKENS
+from kvfold.engine.pools import PooledCall
+from kvfold.errors import CacheMisuse
+
+Ints = NDArray[np.int64]
+Table = NDArray[np.int32]
+NULL_BLOCK = 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """window, sinks: of the profile. block_pages: pages to a block. exact_tokens: tokens of an exact block."""
+
+    window: int
+    sinks: int
+    block_pages: int
+    exact_tokens: int
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Consecutive pages of one request that this step completes. numbers: where they go. head: blocks of the tokens of the
+    first page that came in earlier steps, `head_tokens` of them. token: the call's token that follows these."""
+
+    numbers: Ints
+    head: Table
+    head_tokens: int
+    token: int
+    starts_sequence: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """reads: what queries attend to. token, block, slot: [m] the call's tokens that get an exact copy, and where."""
+
+    reads: PooledCall
+    token: Ints
+    block: Ints
+    slot: Ints
+    folds: list[Fold]
+
+
+def plan(geometry: Geometry, starts: Ints, lengths: Ints, pages: Table, exact: Table) -> Step:
+    """starts: [n + 1] first new token of each request in the flat call. lengths: [n] tokens, the call's own included. pages,
+    exact: [n, ...] block tables. Raises CacheMisuse if a request's exact tokens are gone."""
+    new = np.diff(starts)
+    rows = [
+        _Row(geometry, int(starts[i]), int(new[i]), int(lengths[i]), pages[i], exact[i]) for i in np.flatnonzero(new)
+    ]
+    copies = [row.copies() for row in rows]
+    token, block, slot = (np.concatenate([c[part] for c in copies]) for part in range(3))
+    return Step(_reads(rows), token, block, slot, [f for row in rows for f in row.folds()])
+
+
+class _Row:
+    """One request of a step."""
+
+    def __init__(self, geometry: Geometry, start: int, new: int, length: int, pages: Table, exact: Table) -> None:
+        self.geometry, self.start, self.new, self.length = geometry, start, new, length
+        self.pages, self.exact = pages, exact
+        self.past = length - new
+        self.folded = self._folded()
+
+    def _exact_blocks(self, start: int, stop: int) -> Table:
+        """Blocks of tokens start..stop-1; start begins a block."""
+        size = self.geometry.exact_tokens
+        return self.exact[start // size : -(-stop // size)]
+
+    def _folded(self) -> int:
+        """How many tokens are read through pages: those before the window, and those without an exact copy."""
+        g = self.geometry
+        folded = max(0, self.past - g.window) // PAGE_TOKENS * PAGE_TOKENS
+        gone = np.flatnonzero(self._exact_blocks(folded, self.past) == NULL_BLOCK)
+        if len(gone):
+            folded += (int(gone[-1]) + 1) * g.exact_tokens
+        if folded > self.past // PAGE_TOKENS * PAGE_TOKENS or (folded and g.sinks and self.exact[0] == NULL_BLOCK):
+            raise _lost(self.past)
+        return folded
+
+    @property
+    def recent(self) -> Table:
+        return self._exact_blocks(self.folded, self.past)
+
+    def page_numbers(self, first: int, stop: int) -> Ints:
+        block, page = np.divmod(np.arange(first, stop), self.geometry.block_pages)
+        return self.pages[block].astype(np.int64) * self.geometry.block_pages + page
+
+    def read_pages(self) -> Ints:
+        return self.page_numbers(0, -(-self.folded // PAGE_TOKENS))
+
+    def copies(self) -> tuple[Ints, Ints, Ints]:
+        """(token of the call, block, slot) of every new token that has an exact block."""
+        block, slot = np.divmod(np.arange(self.past, self.length), self.geometry.exact_tokens)
+        where = self.exact[block].astype(np.int64)
+        kept = np.flatnonzero(where != NULL_BLOCK)
+        if (where[max(0, self.length // PAGE_TOKENS * PAGE_TOKENS - self.past) :] == NULL_BLOCK).any():
+            raise _lost(self.length)
+        return self.start + kept, where[kept], slot[kept]
+
+    def folds(self) -> list[Fold]:
+        first, stop = self.past // PAGE_TOKENS, self.length // PAGE_TOKENS
+        if first == stop:
+            return []
+        begin = first * PAGE_TOKENS
+        head = self._exact_blocks(begin, self.past)
+        return [Fold(self.page_numbers(first, stop), head, self.past - begin, self.start, first == 0)]
+
+
+def _reads(rows: list[_Row]) -> PooledCall:
+    numbers, recent = [row.read_pages() for row in rows], [row.recent for row in rows]
+    runs: list[tuple[int, int, int]] = []
+    for i, row in enumerate(rows):
+        if runs and runs[-1][2] == row.new:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, row.new)
+        else:
+            runs.append((i, 1, row.new))
+    return PooledCall(
+        token_start=np.array([row.start for row in rows] + [rows[-1].start + rows[-1].new]),
+        page_numbers=np.concatenate(numbers),
+        page_start=np.cumsum([0, *map(len, numbers)]),
+        folded=np.array([row.folded for row in rows]),
+        recent_table=np.concatenate(recent),
+        recent_start=np.cumsum([0, *map(len, recent)]),
+        recent=np.array([row.past - row.folded for row in rows]),
+        sink_block=np.array([int(row.exact[0]) for row in rows]),
+        runs=runs,
+    )
+
+
+def _lost(tokens: int) -> CacheMisuse:
+    return CacheMisuse(
+        f"exact tokens of a request at {tokens} tokens are not in memory",
+        "Something outside kvfold moved or dropped vLLM's blocks: run without other KV connectors or block managers",
+    )

@@ -1,0 +1,40 @@
+"""How many bytes a cache allocates, before it does: what pools and sequences are built by, and what the planner asks."""
+
+from __future__ import annotations
+
+import mmap
+
+from kvfold.config import CacheSpec
+
+# A slab holds 1/64 of the pages there are, so free space stays within about 2 % of the pages in use.
+SLACK = 64
+MIN_SLAB_PAGES = 4
+MAX_SLAB_PAGES = 256
+TABLE_ENTRY_BYTES = 8
+
+
+def mapped(nbytes: int, on_cpu: bool) -> int:
+    """What reserving `nbytes` takes: whole pages of the system's memory on the CPU, where slabs are mapped."""
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE if on_cpu else nbytes
+
+
+def slab_pages(used: int) -> int:
+    """Pages that the next slab of a pool asks for when `used` are in use and none is free."""
+    return min(MAX_SLAB_PAGES, max(MIN_SLAB_PAGES, used // SLACK))
+
+
+def pool_bytes(pages: int, page_bytes: int, on_cpu: bool) -> int:
+    """Bytes of a pool that grew to `pages` pages in use without ever giving one back."""
+    rows = total = 0
+    while rows < pages:
+        slab = mapped(slab_pages(rows) * page_bytes, on_cpu)
+        # Once slabs have their full size, the rest are alike.
+        n = -(-(pages - rows) // (slab // page_bytes)) if slab_pages(rows) == MAX_SLAB_PAGES else 1
+        rows += n * (slab // page_bytes)
+        total += n * slab
+    return total
+
+
+def exact_bytes(spec: CacheSpec, kv_heads: int, values: int, dtype_bytes: int) -> int:
+    """Ring and sinks of one sequence in one layer; values: numbers per token and KV head, keys and values together."""
+    return (spec.ring_tokens() + spec.sinks) * kv_heads * values * dtype_bytes

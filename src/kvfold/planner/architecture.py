@@ -1,0 +1,193 @@
+"""A config.json to a Model. Keys of the published configs are read as they are, those that transformers derives as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvfold.errors import UnsupportedModel
+from kvfold.planner.model import Attention, Layer, Model
+from kvfold.planner.states import conv_state, linear_width, running_state
+
+Config = Mapping[str, Any]
+
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+CONTEXTS = ("max_position_embeddings", "model_max_length", "n_positions", "max_sequence_length", "seq_length")
+MLP_WIDTHS = ("intermediate_size", "block_ff_dim", "ffn_hidden_size", "ffn_dim", "n_inner")
+DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "float64": 8}
+# Names of layer types in configs to the planner's kinds.
+KINDS = {
+    "full_attention": "full",
+    "attention": "full",
+    "global_attention": "full",
+    "sliding_attention": "sliding",
+    "local_attention": "sliding",
+    "reference_sliding_attention": "sliding",
+    "chunked_attention": "chunked",
+    "linear_attention": "linear",
+    "mamba": "linear",
+    "mamba2": "linear",
+    "conv": "conv",
+    "short_conv": "conv",
+    "hybrid": "hybrid",
+    "hybrid_sliding": "hybrid_sliding",
+    "mlp": "none",
+    "moe": "none",
+    "dummy": "none",
+}
+PATTERN = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}  # of Nemotron-H
+# Families whose older configs name a window but not which layers slide: every n-th layer attends to everything.
+FULL_EVERY = {
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3_text": 6,
+    "gemma4": 6,
+    "gemma4_text": 6,
+    "cohere2": 4,
+    "gpt_oss": 2,
+    "exaone4": 4,
+    "olmo3": 4,
+    "llama4_text": 4,
+    "qwen3_next": 4,
+    "qwen3_5_text": 4,
+    "qwen3_5_moe_text": 4,
+}
+
+
+def read(config: Config) -> Model:
+    """The Model of a config.json's content. Raises UnsupportedModel where it does not describe a decoder that is known."""
+    text = text_of(config)
+    name = str(text.get("model_type") or config.get("model_type") or "unknown")
+    heads = number(text, "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
+    hidden = number(text, "hidden_size", "n_embd", "d_model", "dim")
+    kinds = _kinds(text, name)
+    shared = int(text.get("num_kv_shared_layers") or 0)
+    layers = [_layer(text, kind, i, heads, hidden) for i, kind in enumerate(kinds)]
+    if shared:
+        layers[-shared:] = [Layer("shared")] * shared
+    if not any(x.attention for x in layers):
+        raise UnsupportedModel(f"no layer of this {name} keeps keys and values", "There is nothing to fold")
+    dtype = str(
+        text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    )
+    return Model(
+        name=name,
+        layers=tuple(layers),
+        dtype_bytes=DTYPE_BYTES.get(dtype.removeprefix("torch."), 2),
+        hidden=hidden,
+        query_heads=heads,
+        mlp_width=_mlp_width(text, hidden),
+        linear_width=linear_width(text, hidden) if "linear" in kinds or "hybrid" in kinds else 0,
+        vocabulary=int(text.get("vocab_size") or config.get("vocab_size") or 0),
+        max_context=next((int(text[k]) for k in CONTEXTS if text.get(k)), None),
+    )
+
+
+def text_of(config: Config) -> Config:
+    """The part of a config that describes the text decoder."""
+    for name in TEXT_CONFIGS:
+        if isinstance(inner := config.get(name), Mapping):
+            return text_of(inner)
+    return config
+
+
+def number(config: Config, *names: str) -> int:
+    """The first of `names` that is set. Raises UnsupportedModel if none is."""
+    for name in names:
+        if isinstance(x := config.get(name), int) and x:
+            return x
+    raise UnsupportedModel(
+        f"this config has no {names[0]!r}, so it describes no decoder", "Give the config.json of a language model"
+    )
+
+
+def _kinds(text: Config, name: str) -> list[str]:
+    """The kind of each layer."""
+    types = text.get("layer_types") or text.get("layers_block_type")
+    if types is None and (pattern := text.get("hybrid_override_pattern")):
+        types = [PATTERN[c] for c in pattern]
+    count = (
+        len(types)
+        if types
+        else number(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+    )
+    if types is None:
+        types = [_type_of(text, name, i) for i in range(count)]
+    unknown = sorted({t for t in types if t not in KINDS})
+    if unknown:
+        raise UnsupportedModel(f"layers of type {unknown[0]!r} ({name}) are not known", "Use the stock cache for it")
+    kinds = [KINDS[t] for t in types]
+    return ["latent" if k == "full" and text.get("kv_lora_rank") else k for k in kinds]
+
+
+def _type_of(text: Config, name: str, i: int) -> str:
+    """The type of layer i in a config without `layer_types`."""
+    linear = text.get("linear_attn_config")
+    if isinstance(linear, Mapping) and "full_attn_layers" in linear:  # Kimi-Linear counts from 1
+        return "full_attention" if i + 1 in linear["full_attn_layers"] else "linear_attention"
+    if "attn_layer_indices" in text:  # Bamba
+        return "full_attention" if i in (text["attn_layer_indices"] or ()) else "linear_attention"
+    if "attn_layer_period" in text:  # Jamba
+        return "full_attention" if i % text["attn_layer_period"] == text["attn_layer_offset"] else "linear_attention"
+    if "full_attn_idxs" in text:  # LFM2
+        return "full_attention" if i in text["full_attn_idxs"] else "conv"
+    every = text.get("full_attention_interval") or text.get("sliding_window_pattern") or FULL_EVERY.get(name)
+    if "linear_num_value_heads" in text:
+        return "linear_attention" if (i + 1) % (every or 4) else "full_attention"
+    if "attention_chunk_size" in text:
+        rope = text.get("no_rope_layers") or [(j + 1) % (every or 4) for j in range(i + 1)]
+        return "chunked_attention" if rope[i] else "full_attention"
+    if not text.get("sliding_window") or text.get("use_sliding_window") is False:
+        return "full_attention"
+    if every:
+        return "sliding_attention" if (i + 1) % every else "full_attention"
+    return "sliding_attention" if i >= (text.get("max_window_layers") or 0) else "full_attention"
+
+
+def _layer(text: Config, kind: str, i: int, heads: int, hidden: int) -> Layer:
+    if kind == "none":
+        return Layer(kind)
+    if kind == "linear":
+        return Layer(kind, states=running_state(text, hidden))
+    if kind == "conv":
+        return Layer(kind, states=conv_state(text, hidden))
+    if kind == "latent":
+        return Layer(kind, Attention(1, int(text["qk_rope_head_dim"]), int(text["kv_lora_rank"]), latent=True))
+    slides = kind in ("sliding", "chunked", "hybrid_sliding")
+    attention = _attention(text, i, heads, hidden, slides)
+    if kind in ("hybrid", "hybrid_sliding"):
+        return Layer("hybrid", attention, running_state(text, hidden))
+    return Layer(kind, attention)
+
+
+def _attention(text: Config, i: int, heads: int, hidden: int, slides: bool) -> Attention:
+    own = _overrides(text, i, slides)
+    kv = own.get("num_key_value_heads") or text.get("num_key_value_heads") or text.get("num_kv_heads")
+    if text.get("multi_query") and not text.get("new_decoder_architecture"):
+        kv = 1
+    dim = own.get("head_dim") or text.get("head_dim") or text.get("attention_head_dim") or hidden // heads
+    value = own.get("v_head_dim") or text.get("v_head_dim") or dim
+    window = own.get("sliding_window") or text.get("sliding_window") or text.get("attention_chunk_size")
+    return Attention(int(kv or heads), int(dim), int(value), int(window) if slides and window else None)
+
+
+def _overrides(text: Config, i: int, slides: bool) -> dict[str, Any]:
+    """What layer i has of its own: transformers' `per_layer_config`, or the published names of Gemma 4 and MiMo V2."""
+    own = {int(k): v for k, v in (text.get("per_layer_config") or {}).items()}.get(i, {})
+    prefix = "swa_" if slides else "global_"
+    names = {"num_key_value_heads": f"{prefix}num_key_value_heads", "head_dim": f"{prefix}head_dim"}
+    names["v_head_dim"] = f"{prefix}v_head_dim"
+    if not slides:
+        names["num_key_value_heads"] = "num_global_key_value_heads"
+    if slides and text.get("model_type") == "mimo_v2_flash":
+        own = {"num_key_value_heads": 2 * text["num_key_value_heads"], **own}
+    return {**own, **{k: text[v] for k, v in names.items() if text.get(v)}}
+
+
+def _mlp_width(text: Config, hidden: int) -> int:
+    """The widest intermediate tensor per token: the dense MLP, or the experts one token runs through."""
+    dense = next((text[k] for k in MLP_WIDTHS if text.get(k)), 4 * hidden)
+    each = text.get("moe_intermediate_size") or 0
+    together = text.get("num_experts_per_tok") or text.get("num_experts_per_token") or 0
+    widest = [x if isinstance(x, int) else max(x) for x in (dense, each)]  # some configs name a width per layer
+    return max(widest[0], widest[1] * int(together))

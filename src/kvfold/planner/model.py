@@ -1,0 +1,62 @@
+"""A model as the planner sees it: what each layer keeps per token, what it keeps at all, and how wide it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Keys and values that one layer keeps for every token.
+
+    window: tokens a query reads, its own included, in sliding and chunked layers; None: all there are. latent: multi-head
+    latent attention, whose one head keeps the rotary key (key_dim) and the latent (value_dim), which is key and value.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+    latent: bool = False
+
+    @property
+    def values(self) -> int:
+        """Numbers kept per token."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class State:
+    """Numbers that one layer keeps whatever the context. dtype_bytes: None means the model's own."""
+
+    name: str
+    values: int
+    dtype_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """kind: full, latent, sliding, chunked, linear, conv, hybrid, shared (reads another layer's keys) or none."""
+
+    kind: str
+    attention: Attention | None = None
+    states: tuple[State, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """name: its model_type. mlp_width: the widest intermediate tensor of a token, experts that run together included.
+    linear_width: values of a token in a linear-attention layer, 0 without such layers.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    dtype_bytes: int
+    hidden: int
+    query_heads: int
+    mlp_width: int
+    linear_width: int
+    vocabulary: int
+    max_context: int | None = None

@@ -1,0 +1,98 @@
+"""The plan: bytes of every layer at a context, what fits into a memory, and which term binds."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from kvfold.cache import sizes
+from kvfold.codec.fields import state_bytes
+from kvfold.config import PAGE_TOKENS, CacheSpec
+from kvfold.planner.model import Attention, Layer, Model
+from kvfold.planner.pages import page_of
+from kvfold.planner.workspace import workspace_bytes
+
+REFERENCE_BYTES = 2  # per value: what ratios are against
+WINDOW_TENSOR_BYTES = 8  # transformers keeps the length of a sliding window as a tensor, too
+FOLDING = ("full",)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is planned for. dtype_bytes: of the model's keys; None: as its config says. prefill_tokens: of one call."""
+
+    spec: CacheSpec
+    context: int
+    sessions: int = 1
+    weights_bytes: int = 0
+    dtype_bytes: int | None = None
+    backend: str = "auto"
+    device: str = "cpu"
+    prefill_tokens: int = 2048
+
+
+@functools.cache
+def attention_bytes(
+    spec: CacheSpec, a: Attention, folds: bool, tokens: int, dtype_bytes: int, backend: str, device: str
+) -> int:
+    """What one sequence of one layer allocates for keys and values, after steps of one token."""
+    if not folds:
+        beside = 0 if a.window is None else WINDOW_TENSOR_BYTES
+        return min(tokens, a.window or tokens) * a.values * dtype_bytes + beside
+    page_bytes, _ = page_of(spec, a, dtype_bytes, backend, device)
+    pages = spec.folded_tokens(tokens) // PAGE_TOKENS
+    pool = sizes.pool_bytes(pages, page_bytes, device == "cpu")
+    exact = sizes.exact_bytes(spec, a.kv_heads, a.key_dim + a.value_dim, dtype_bytes)
+    frozen = state_bytes(spec.key, a.kv_heads, a.key_dim) + state_bytes(spec.value, a.kv_heads, a.value_dim)
+    return pool + exact + sizes.TABLE_ENTRY_BYTES * pages + (frozen if pages else 0)
+
+
+def _row(model: Model, s: Setting, i: int, layer: Layer) -> dict[str, Any]:
+    dtype_bytes = s.dtype_bytes or model.dtype_bytes
+    row: dict[str, Any] = {
+        "layer": i,
+        "kind": layer.kind,
+        "folds": False,
+        "backend": "",
+        "bytes": 0,
+        "reference_bytes": 0,
+    }
+    if (a := layer.attention) is not None:
+        row["folds"] = layer.kind in FOLDING
+        each = attention_bytes(s.spec, a, row["folds"], s.context, dtype_bytes, s.backend, s.device)
+        row["bytes"] = s.sessions * each
+        if row["folds"]:
+            _, row["backend"] = page_of(s.spec, a, dtype_bytes, s.backend, s.device)
+        row["reference_bytes"] = s.sessions * min(s.context, a.window or s.context) * a.values * REFERENCE_BYTES
+    row["state_bytes"] = s.sessions * sum(x.values * (x.dtype_bytes or dtype_bytes) for x in layer.states)
+    return row
+
+
+def plan(model: Model, setting: Setting) -> dict[str, Any]:
+    """Bytes by term, all sessions together; `layers` has a row per layer. Weights and workspace count once."""
+    rows = [_row(model, setting, i, layer) for i, layer in enumerate(model.layers)]
+    total = {k: sum(r[k] for r in rows) for k in ("bytes", "reference_bytes", "state_bytes")}
+    engines = {r["backend"] for r in rows}
+    workspace = workspace_bytes(model, setting.prefill_tokens, setting.dtype_bytes or model.dtype_bytes, engines)
+    common = total["state_bytes"] + setting.weights_bytes + workspace
+    return {
+        "context": setting.context,
+        "sessions": setting.sessions,
+        "reference_bytes": total["reference_bytes"],
+        "folded_bytes": total["bytes"],
+        "ratio": total["reference_bytes"] / total["bytes"],
+        "state_bytes": total["state_bytes"],
+        "state_dtype": _state_dtype(model),
+        "weights_bytes": setting.weights_bytes,
+        "workspace_bytes": workspace,
+        "total_bytes": total["bytes"] + common,
+        "total_reference_bytes": total["reference_bytes"] + common,
+        "layers": rows,
+    }
+
+
+def _state_dtype(model: Model) -> str | None:
+    """What recurrent states are held in: transformers keeps them in float32 whatever the model's dtype."""
+    recurrent = any(x.name == "recurrent" for layer in model.layers for x in layer.states)
+    return "float32" if recurrent else None

@@ -1,0 +1,78 @@
+"""Running states of hybrid layers, in numbers: Gated DeltaNet, Kimi Delta Attention, Mamba 1 and 2, short convolutions.
+
+Convolution states hold the last `kernel` inputs in the model's dtype, recurrent ones float32, as transformers keeps them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from kvfold.errors import UnsupportedModel
+from kvfold.planner.model import FLOAT32_BYTES, State
+
+Config = Mapping[str, Any]
+
+
+def _first(config: Config, *names: str, default: int = 0) -> int:
+    return next((int(config[n]) for n in names if isinstance(config.get(n), int | float)), default)
+
+
+def running_state(text: Config, hidden: int) -> tuple[State, ...]:
+    """Of one linear-attention or state-space layer. Raises UnsupportedModel for kinds that are not known."""
+    if "linear_num_value_heads" in text:
+        return _delta_net(text)
+    if isinstance(text.get("linear_attn_config"), Mapping) or "linear_num_heads" in text:
+        return _kimi(text)
+    if _first(text, "mamba_n_groups", "mamba_ngroups", "n_groups"):
+        return _mamba_2(text, hidden)
+    if "mamba_d_state" in text:
+        inner = int(text.get("mamba_expand", 2) * hidden)
+        return _states(inner * _first(text, "mamba_d_conv", default=4), inner * int(text["mamba_d_state"]))
+    raise UnsupportedModel(
+        f"the running state of {text.get('model_type', 'this model')} is not known", "Plan its attention layers alone"
+    )
+
+
+def linear_width(text: Config, hidden: int) -> int:
+    """Values of one token in a linear-attention or state-space layer."""
+    if "linear_num_value_heads" in text:
+        return int(text["linear_num_value_heads"] * text["linear_value_head_dim"])
+    own = text.get("linear_attn_config") or {}
+    if heads := _first(own, "num_heads") or _first(text, "linear_num_heads"):
+        return heads * (_first(own, "head_dim") or _first(text, "linear_head_dim"))
+    return int(text.get("mamba_expand", 2) * hidden)
+
+
+def conv_state(text: Config, hidden: int) -> tuple[State, ...]:
+    """Of one short-convolution layer (LFM2)."""
+    return (State("conv", hidden * _first(text, "conv_L_cache", default=3)),)
+
+
+def _states(conv: int, recurrent: int) -> tuple[State, ...]:
+    return State("conv", conv), State("recurrent", recurrent, FLOAT32_BYTES)
+
+
+def _delta_net(text: Config) -> tuple[State, ...]:
+    keys = text["linear_num_key_heads"] * text["linear_key_head_dim"]
+    values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
+    return _states((2 * keys + values) * text["linear_conv_kernel_dim"], values * text["linear_key_head_dim"])
+
+
+def _kimi(text: Config) -> tuple[State, ...]:
+    own = text.get("linear_attn_config") or {}
+    heads = _first(own, "num_heads") or _first(text, "linear_num_heads")
+    dim = _first(own, "head_dim") or _first(text, "linear_head_dim")
+    kernel = _first(own, "short_conv_kernel_size") or _first(text, "linear_conv_kernel_dim", default=4)
+    return _states(3 * heads * dim * kernel, heads * dim * dim)
+
+
+def _mamba_2(text: Config, hidden: int) -> tuple[State, ...]:
+    heads = _first(text, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
+    state = _first(text, "mamba_d_state", "ssm_state_size")
+    groups = _first(text, "mamba_n_groups", "mamba_ngroups", "n_groups")
+    dim = _first(text, "mamba_d_head", "mamba_head_dim", "mamba_headdim")
+    inner = heads * dim if dim else int(math.prod((text.get("mamba_expand", 2), hidden)))
+    kernel = _first(text, "mamba_d_conv", "conv_kernel", default=4)
+    return _states((inner + 2 * groups * state) * kernel, inner * state)

@@ -1,0 +1,195 @@
+"""Tiny random-weight models of many transformers families: a few thousand parameters each, no download.
+
+A family is a model_type. Its config gets every size below that its class knows, and what OVERRIDES says. Types that the
+installed transformers does not have are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+VOCABULARY = 61
+WINDOW = 24
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "sliding_window": WINDOW,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+    # mixtures of experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "num_shared_experts": 1,
+    "expert_ffn_hidden_size": 16,
+    # multi-head latent attention
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    # linear attention and state spaces
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+    # older names
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 4096,
+    "n_layers": 4,
+    "n_heads": 4,
+    "d_model": 32,
+    "max_seq_len": 4096,
+    "decoder_layers": 4,
+    "decoder_ffn_dim": 48,
+    "decoder_attention_heads": 4,
+    "ffn_dim": 48,
+}
+HALF_LINEAR = ["linear_attention", "full_attention"] * 2
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "bailing_hybrid": {"layer_types": HALF_LINEAR},
+    "deepseek_v2": {"topk_method": "greedy"},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 32,
+        "head_dim": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+    },
+    "gpt_bigcode": {"multi_query": True},
+    "granitemoehybrid": {"layer_types": HALF_LINEAR, "shared_intermediate_size": 16},
+    "helium": {"head_dim": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": HALF_LINEAR},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "llama4_text": {"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1, 0]},
+    **{t: {"sliding_window": None} for t in ("doge", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2")},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"]},
+    "olmo_hybrid": {"layer_types": HALF_LINEAR},
+    "qwen3_5_moe_text": {"layer_types": HALF_LINEAR},
+    "qwen3_5_text": {"layer_types": HALF_LINEAR},
+    "qwen3_next": {"layer_types": HALF_LINEAR},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+}
+MLA_HEADS = {"num_key_value_heads": 4}  # what is left of grouping where every head reads one latent
+FAMILIES = tuple(
+    t
+    for t in (
+        *("apertus", "arcee", "aria_text", "bitnet", "bloom", "cohere", "ctrl", "diffllama", "doge", "ernie4_5"),
+        *("falcon", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "helium", "hunyuan_v1_dense"),
+        *("jais2", "llama", "ministral3", "mpt", "nanochat", "nemotron", "olmo", "olmo2", "opt", "persimmon"),
+        *("phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2", "xglm"),
+        *("ernie4_5_moe", "flex_olmo", "glm4_moe", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "hy_v3"),
+        *("jetmoe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open"),
+        *("afmoe", "cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss"),
+        *("granite_swa", "llama4_text", "mimo_v2_flash", "ministral", "mistral", "olmo3", "vaultgemma"),
+        *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"),
+        *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe"),
+        *("nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba2"),
+    )
+    if t in CONFIG_MAPPING
+)
+# Refused by name, and what the refusal says.
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu", "bailing_hybrid", "kimi_linear")
+REFUSED = {
+    **dict.fromkeys(("bloom", "falcon", "mpt", "xglm"), "does not let its attention implementation be chosen"),
+    **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
+    **dict.fromkeys(LATENT, "MLA"),
+    **dict.fromkeys(("falcon_h1", "zamba2"), "unknown cache kind"),
+    **dict.fromkeys(("gemma2", "vaultgemma"), "softcap"),
+    **dict.fromkeys(("gpt_oss", "granite_swa", "mimo_v2_flash"), "s_aux"),
+}
+FOLDING = tuple(f for f in FAMILIES if f not in REFUSED)
+
+
+@functools.cache
+def config(family: str) -> Any:
+    known = CONFIG_MAPPING[family]()
+    sizes = {k: v for k, v in SIZES.items() if _settable(known, k)}
+    if "kv_lora_rank" in sizes:
+        sizes.pop("head_dim", None)
+        sizes |= MLA_HEADS
+    own = CONFIG_MAPPING[family](**{**sizes, **OVERRIDES.get(family, {})})
+    supports = MODEL_FOR_CAUSAL_LM_MAPPING[type(own)]._supports_sdpa
+    own._attn_implementation = "sdpa" if supports else "eager"
+    return own
+
+
+def _settable(known: Any, name: str) -> bool:
+    """Whether the class has this attribute and lets it be chosen."""
+    try:
+        getattr(known, name)
+    except AttributeError:
+        return False
+    except RuntimeError:  # layers differ in it
+        return True
+    kind = getattr(type(known), name, None)
+    return not isinstance(kind, property) or kind.fset is not None
+
+
+@functools.cache
+def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model in eval mode, with weights wide enough that the next token depends on all of the context."""
+    torch.manual_seed(FAMILIES.index(family))
+    model = AutoModelForCausalLM.from_config(config(family)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and ("proj" in name or "lm_head" in name):
+                p.normal_(0, 0.25)
+            elif name.endswith("bias") or "sinks" in name:
+                p.normal_(0, 0.5)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.to(dtype)
+
+
+def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,79 @@
+"""The plan is what the allocator allocates, to the byte."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.families import FOLDING, make, prompt
+
+import kvfold
+from kvfold.cache.pages import PagePool
+from kvfold.cache.sizes import pool_bytes
+from kvfold.loading import complete
+from kvfold.planner.architecture import read
+from kvfold.planner.plan import Setting, plan
+from kvfold.profiles import load
+
+PREFILL, STEPS = 200, 2  # tokens; a step's one token is what sliding layers shrink after
+
+
+def grown(family: str, cache: Any, rows: int = 1, prefill: int = PREFILL) -> Any:
+    model = make(family)
+    kvfold.attach(model)
+    with torch.no_grad():
+        model(prompt(rows, prefill), past_key_values=cache)
+        for i in range(STEPS):
+            model(prompt(rows, 1, seed=i), past_key_values=cache)
+    return cache
+
+
+def planned(family: str, profile: str, context: int, sessions: int = 1) -> dict[str, Any]:
+    model = read(complete(make(family).config))
+    return plan(model, Setting(load(profile).spec, context, sessions, dtype_bytes=4))
+
+
+@pytest.mark.parametrize("family", FOLDING)
+def test_plan_is_what_is_allocated(family: str) -> None:
+    cache = grown(family, kvfold.FoldedCache(make(family).config, "balanced"))
+    result = planned(family, "balanced", PREFILL + STEPS)
+    report = cache.report()
+    assert [(r["bytes"] + r["state_bytes"]) for r in result["layers"]] == [r["bytes"] for r in report["layers"]]
+    assert result["folded_bytes"] + result["state_bytes"] == cache.nbytes
+    assert [r["folds"] for r in result["layers"]] == [r["kind"] == "folded" for r in report["layers"]]
+
+
+@pytest.mark.parametrize(
+    ("profile", "family"), [*itertools.product(("lossless", "compact", "extreme"), ("llama", "qwen3_next"))]
+)
+def test_other_profiles(profile: str, family: str) -> None:
+    cache = grown(family, kvfold.FoldedCache(make(family).config, profile), prefill=700)
+    result = planned(family, profile, 702)
+    assert (result["folded_bytes"] + result["state_bytes"], result["reference_bytes"]) == (
+        cache.nbytes,
+        cache.reference_bytes,
+    )
+
+
+def test_sessions_are_caches_of_their_own() -> None:
+    caches = [grown("llama", kvfold.FoldedCache(make("llama").config)) for _ in range(3)]
+    assert planned("llama", "balanced", PREFILL + STEPS, 3)["folded_bytes"] == sum(c.nbytes for c in caches)
+
+
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 64 + 128, 64 + 127])
+def test_lengths_around_a_page(length: int) -> None:
+    cache = grown("llama", kvfold.FoldedCache(make("llama").config), prefill=max(1, length))
+    assert planned("llama", "balanced", max(1, length) + STEPS)["folded_bytes"] == cache.nbytes
+
+
+@given(st.integers(0, 3000), st.sampled_from([1, 37, 1000, 4096, 13_312, 100_000]))
+@settings(max_examples=40, deadline=None)
+def test_pools_grow_as_planned(pages: int, page_bytes: int) -> None:
+    pool = PagePool(page_bytes, torch.device("cpu"))
+    for _ in range(pages):
+        pool.allocate()
+    assert pool.nbytes == pool_bytes(pages, page_bytes, on_cpu=True)
