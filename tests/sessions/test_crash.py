@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from talk import contents, filled, model_of, runner, same, words
 
-from kvfold.errors import StorageFailed
+from kvfold.errors import SessionExists, StorageFailed
 from kvfold.sessions import archive, files, saving, segments
 from kvfold.sessions.manifest import NAME, Manifest
 from kvfold.sessions.runner import Runner
@@ -34,6 +35,8 @@ def in_child(work: Callable[[], None]) -> int:
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()  # os._exit would hide it
         finally:
             os._exit(code)
     return pid
@@ -123,6 +126,23 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_200_moments(tmp_path: Path) -> None:
     kill_often(tmp_path, 200)
+
+
+def test_what_a_killed_writer_leaves_is_cleared_away(tmp_path: Path) -> None:
+    """Names of our own and of safetensors, which writes beside its target; anything else is somebody's file."""
+    s = filled(runner("llama"), 300)
+    (tmp_path / "a").mkdir()
+    for name in (f"{NAME}.tmp", ".tmpe6HGah"):
+        (tmp_path / "a" / name).write_bytes(b"half")
+    s.save(tmp_path / "a")
+    assert not [p for p in (tmp_path / "a").iterdir() if ".tmp" in p.name]
+    archive.verify(tmp_path / "a")
+    for name in (".tmpfiles", "notes.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes(b"mine")
+        with pytest.raises(SessionExists):
+            s.save(tmp_path / name)
+        assert (tmp_path / name / name).read_bytes() == b"mine"
 
 
 # Every operation on files that a save makes, and what a process killed before it would leave.

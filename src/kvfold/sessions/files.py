@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,13 @@ from torch import Tensor
 from kvfold.errors import SessionNotFound, StorageFailed
 
 TEMPORARY = ".tmp"  # ending of files that are being written; a killed process leaves them, the next save removes them
+# safetensors writes beside the path it is given, under a name of its own, and renames.
+_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one whose writer was killed, if nobody writes now."""
+    return name.endswith(TEMPORARY) or bool(_OF_SAFETENSORS.fullmatch(name))
 
 
 def bytes_of(x: Tensor) -> memoryview:

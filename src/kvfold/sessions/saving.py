@@ -80,7 +80,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _ours(name: str) -> bool:
-    return name == manifest.NAME or name.endswith(files.TEMPORARY) or bool(manifest.FILE_NAME.fullmatch(name))
+    return name == manifest.NAME or files.is_temporary(name) or bool(manifest.FILE_NAME.fullmatch(name))
 
 
 def _abandon(folder: Path) -> None:
