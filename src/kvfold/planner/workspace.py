@@ -2,7 +2,8 @@
 
 Three moments compete: the MLP, which holds its gate, its input and their product; attention, which holds queries,
 rotated queries, keys, values and outputs, and the engine's float32 copies of the call; linear attention, which
-transformers computes by chunks in float32. `kvfold memory` compares the sum with a process's measured peak.
+transformers computes by chunks in float32. `kvfold memory` compares the sum with a process's measured peak. What Python,
+torch and their libraries take before there is a model differs by machine and is not in it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ QUERY_TENSORS = 4  # projected, rotated, attended, transposed
 ENGINE_QUERIES = 2  # float32 queries and outputs of an engine
 LINEAR_TENSORS = 22  # of the chunked delta rule in torch: inputs, their copies by chunk and by decay (measured)
 ENGINE_BYTES = {"torch": 16 << 20, "cpu": 4 << 20}  # blocks of decoded pages and scores
-LIBRARY_BYTES = 24 << 20  # model code, and what torch and an engine load and touch with their first call (measured)
 
 
 def workspace_bytes(model: Model, tokens: int, dtype_bytes: int, engines: set[str]) -> int:
@@ -25,7 +25,7 @@ def workspace_bytes(model: Model, tokens: int, dtype_bytes: int, engines: set[st
     linear = LINEAR_TENSORS * model.linear_width * FLOAT32_BYTES
     per_token = RESIDUALS * model.hidden * dtype_bytes + max(mlp, attention, linear)
     engine = max((ENGINE_BYTES.get(name, 0) for name in engines), default=0)
-    return tokens * per_token + model.vocabulary * (dtype_bytes + FLOAT32_BYTES) + engine + LIBRARY_BYTES
+    return tokens * per_token + model.vocabulary * (dtype_bytes + FLOAT32_BYTES) + engine
 
 
 def _attention(model: Model, a: Attention, dtype_bytes: int) -> int:
