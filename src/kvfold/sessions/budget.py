@@ -49,13 +49,22 @@ class Budget:
 
     @property
     def nbytes(self) -> int:
-        """Pages, and of each session in memory ring, sinks, states and windows as large as they get, tables, checkpoints."""
+        """All of `kinds`."""
+        return sum(self.kinds().values())
+
+    def kinds(self) -> dict[str, int]:
+        """Bytes of pages, and of the sessions in memory: exact tokens, states and windows as large as they get; tables;
+        checkpoints."""
         with self._lock:
             sessions = self._sessions()
             checkpoints = {id(c): c for s in sessions for c in list(s.checkpoints.values())}  # forks share them
             tables = [q.table_bytes for s in sessions for x in s.cache.folded_layers for q in x.folded.sequences]
-            own = len(sessions) * self._runner.session_bytes + sum(tables)
-            return self.page_bytes + own + sum(c.unshared_bytes for c in checkpoints.values())
+            return {
+                "pages": self.page_bytes,
+                "exact": len(sessions) * self._runner.session_bytes,
+                "tables": sum(tables),
+                "checkpoints": sum(c.unshared_bytes for c in checkpoints.values()),
+            }
 
     @contextmanager
     def room(self, pages: int = 0, sessions: int = 0, checkpoints: int = 0) -> Iterator[None]:

@@ -86,7 +86,9 @@ class Runner:
         return cache
 
     def _measure(self) -> None:
-        """session_bytes, checkpoint_bytes: the most that a session, or a checkpoint, has besides pages and their table."""
+        """session_bytes, checkpoint_bytes: the most that a session, or a checkpoint, has besides pages and their table.
+        token_reference_bytes: what 16 bits per key and value of one token take."""
+        self.token_reference_bytes = self._first.reference_bytes // self._first.get_seq_length()
         exact = sum(x.folded.exact_bytes for x in self._first.folded_layers)
         states = self._first.unshared_bytes - exact + sum(map(self._window_bytes, self._first.layers))
         self.session_bytes = exact + states
