@@ -22,6 +22,7 @@ class Running:
     url: str
     server: Server
     model: Model
+    loaded: Loaded
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def running(loaded: Loaded, rules: Rules | None = None, **how: Any) -> Iterator[
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Running(f"http://127.0.0.1:{server.port}", server, model)
+        yield Running(f"http://127.0.0.1:{server.port}", server, model, loaded)
     finally:
         server.should_exit = True
         thread.join(30)

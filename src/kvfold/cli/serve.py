@@ -1,4 +1,4 @@
-"""The verb that serves a model."""
+"""The verb that serves a model, and the one that measures it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def serve(
     max_context: Annotated[str | None, typer.Option(help="Tokens of prompt and answer, such as 32k.")] = None,
     max_body: Annotated[int, typer.Option(min=1, help="MiB of a request.")] = 16,
     call_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt read in one call.")] = None,
+    memory: Annotated[str, typer.Option(help="What the caches of all sessions may take.")] = "4GiB",
+    disk: Annotated[Path | None, typer.Option(help="Folder of sessions; default as of kvfold sessions.")] = None,
+    no_disk: Annotated[bool, typer.Option("--no-disk", help="Write nothing; sessions end with the server.")] = False,
+    spare_disk: Annotated[str, typer.Option(help="What sessions without a name may take of the disk.")] = "16GiB",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that answers get to end at shutdown.")] = 10.0,
     allow_host: Annotated[list[str] | None, typer.Option(help="Another host name to answer to.")] = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="A site whose pages may call.")] = None,
@@ -49,6 +53,8 @@ def serve(
         raise MissingExtra.of("kvfold serve", error.name, "server") from error
     from kvfold.serving.model import Model
     from kvfold.serving.scheduler import Limits
+    from kvfold.serving.shelf import Keep
+    from kvfold.sessions.disk import default_folder
 
     local = host in LOOPBACK
     if not local and api_key is None:
@@ -59,8 +65,9 @@ def serve(
     metrics = Metrics()
     context = common.numbers([max_context], "--max-context", whole=True)[0] if max_context else None
     limits = Limits(max_rows, max_waiting)
+    keep = Keep(memory, None if no_disk else disk or default_folder(), spare_disk)
     service = Service(
-        Model(loaded, profile, limits=limits, meter=metrics, max_context=context, call_tokens=call_tokens),
+        Model(loaded, profile, limits=limits, meter=metrics, max_context=context, call_tokens=call_tokens, keep=keep),
         model_name or _name(model),
         metrics,
     )
@@ -77,5 +84,26 @@ def _name(source: str) -> str:
     return path.stem if path.suffix == ".gguf" else path.name if path.exists() else source
 
 
+def load_test(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")] = "demo",
+    profile: common.ProfileName = "balanced",
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long the clients go on.")] = 10.0,
+    clients: Annotated[int, typer.Option(min=1)] = 16,
+    document: Annotated[str, typer.Option(help="Tokens of the document that is asked about, such as 32k.")] = "32k",
+    memory: Annotated[str, typer.Option(help="What the server's caches may take.")] = "256MiB",
+    json: common.Json = False,
+) -> None:
+    """Measure a server of its own: many streams at once, eight sessions batched, one document asked about ten times."""
+    from kvfold.server.measure import run
+
+    tokens = common.numbers([document], "--document", whole=True)[0]
+    result = run(model, profile, minutes, clients, tokens, memory)
+    if json:
+        common.show_json(result)
+    else:
+        common.show_fields(result, f"{clients} clients, {minutes:g} minutes")
+
+
 def add_to(app: typer.Typer) -> None:
     app.command()(serve)
+    app.command()(load_test)

@@ -9,11 +9,11 @@ from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 
 import kvfold
-from kvfold.server import completions, errors, health
+from kvfold.server import completions, errors, health, page, sessions
 from kvfold.server.guard import Guard, Rules
 from kvfold.server.service import Service
 
-STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 503)
+STATUSES = (400, 401, 403, 404, 405, 408, 409, 413, 429, 500, 503)
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -37,7 +37,7 @@ def create_app(service: Service, rules: Rules) -> FastAPI:
     app = FastAPI(title="kvfold", version=kvfold.__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     errors.install(app)
-    for module in (completions, health):
+    for module in (completions, sessions, health, page):
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     if rules.origins:

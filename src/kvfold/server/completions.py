@@ -13,6 +13,12 @@ from kvfold.server.service import Service, send, service_of
 
 router = APIRouter(tags=["OpenAI"])
 
+# One server-sent event; its data is a chunk of OpenAI's, or [DONE].
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"const": "message"}},
+}
 # An answer comes whole or as events, by the body's `stream`.
 ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
@@ -25,7 +31,7 @@ ANSWER: dict[int | str, dict[str, Any]] = {
                     "properties": {"choices": {"type": "array", "minItems": 1, "maxItems": 1}},
                 }
             },
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": {"schema": EVENT},
         },
     }
 }
@@ -60,8 +66,10 @@ async def chat(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     service = service_of(request)
     service.check_model(body.model)
-    prompt = await service.tokens([m.plain() for m in body.messages])
-    stream = service.model.astream(prompt, body.as_generation(service.answer_tokens(len(prompt))))
+    messages = [m.plain() for m in body.messages]
+    place = service.place(body, messages)
+    prompt = await service.tokens(messages)
+    stream = service.model.astream(prompt, body.as_generation(service.answer_tokens(len(prompt))), place)
     reply = ChatReply(service.name, service.text_of, body.include_usage)
     return await send(request, stream, reply, bool(body.stream))
 
@@ -73,6 +81,6 @@ async def complete(request: Request, body: CompletionBody) -> Response:
     service.check_model(body.model)
     given = body.text_or_ids
     prompt = await service.tokens(given) if isinstance(given, str) else given
-    stream = service.model.astream(prompt, body.as_generation())
+    stream = service.model.astream(prompt, body.as_generation(), service.place(body))
     reply = TextReply(service.name, service.text_of, body.include_usage)
     return await send(request, stream, reply, bool(body.stream))

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from kvfold import errors
 
@@ -23,7 +24,15 @@ STATUS: dict[type[errors.KvfoldError], tuple[int, str]] = {
     errors.Overloaded: (429, "rate_limit_exceeded"),
     errors.Draining: (503, "shutting_down"),
     errors.RequestCancelled: (503, "cancelled"),
+    errors.EvaluationError: (400, "invalid_value"),
     errors.OutOfMemory: (503, "out_of_memory"),
+    errors.OverBudget: (503, "out_of_memory"),
+    errors.SessionNotFound: (404, "session_not_found"),
+    errors.SessionExists: (409, "session_exists"),
+    errors.WrongModel: (409, "wrong_model"),
+    errors.WrongVersion: (409, "wrong_version"),
+    errors.DamagedSession: (409, "damaged_session"),
+    errors.StorageFailed: (500, "storage_failed"),
     errors.ModelFailure: (500, "internal_error"),
 }
 MAX_NAME = 100  # characters of an unknown parameter that are sent back
@@ -97,6 +106,12 @@ def _invalid(error: RequestValidationError) -> ApiError:
     return ApiError(400, "invalid_value", f"{name or 'body'}: {first['msg'].removeprefix('Value error, ')}", name)
 
 
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """Methods that some route has for this path; Starlette tells those of the first such route."""
+    routes = [r for r in app.routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE]
+    return sorted({m for r in routes for m in r.methods or ()})
+
+
 def install(app: FastAPI) -> None:
     """Every error leaves in OpenAI's shape."""
 
@@ -120,6 +135,8 @@ def install(app: FastAPI) -> None:
         code = CODE_OF_STATUS.get(error.status_code, "invalid_request")
         out = response(ApiError(error.status_code, code, str(error.detail)))
         out.headers.update(error.headers or {})
+        if error.status_code == 405:
+            out.headers["Allow"] = ", ".join(_methods(app, request))
         return out
 
     @app.exception_handler(Exception)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvfold.server import readings
 from kvfold.serving.job import Job
+from kvfold.serving.model import Model
 from kvfold.serving.scheduler import Meter
 
 # From a step of a small model to minutes in a long prompt.
@@ -16,17 +18,13 @@ TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.
 REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64)
 
-# (name, help, label names, label values -> value): what a scrape reads.
-Reading = tuple[str, str, dict[tuple[tuple[str, str], ...], float]]
-
 
 class Metrics(Meter):
-    """`gauges` and `counters` are asked at every scrape."""
+    """model: whose memory, sessions and fidelity a scrape reads."""
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
-        self.gauges: Callable[[], Iterable[Reading]] = tuple
-        self.counters: Callable[[], Iterable[Reading]] = tuple
+        self.model: Model | None = None
         self._prompt = Counter("kvfold_prompt_tokens", "Prompt tokens of finished requests.", registry=r)
         self._cached = Counter("kvfold_cached_tokens", "Of them, tokens found in a cache.", registry=r)
         self._answer = Counter("kvfold_answer_tokens", "Tokens decoded.", registry=r)
@@ -68,13 +66,12 @@ class _Scraped(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
-        for family, readings in (
-            (GaugeMetricFamily, self._metrics.gauges),
-            (CounterMetricFamily, self._metrics.counters),
-        ):
-            for name, text, values in readings():
-                labels = [k for k, _ in next(iter(values), ())]
-                metric = family(name, text, labels=labels)
+        model = self._metrics.model
+        if model is None:
+            return
+        for family, read in ((GaugeMetricFamily, readings.gauges), (CounterMetricFamily, readings.counters)):
+            for name, text, label, values in read(model):
+                metric = family(name, text, labels=[label] if label else [])
                 for key, value in values.items():
-                    metric.add_metric([v for _, v in key], value)
+                    metric.add_metric([key] if label else [], value)
                 yield metric

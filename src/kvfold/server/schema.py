@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from kvfold.serving.generation import MAX_STOP_CHARACTERS, MAX_STOPS, Generation
+from kvfold.sessions.disk import SESSION_NAME
 
 T = TypeVar("T")
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+SessionName = Annotated[str, StringConstraints(pattern=f"^{SESSION_NAME.pattern}$")]
 TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
 # For parameters that exist elsewhere and have one value here.
 Only = Annotated[T | None, Field(description="Accepted with this value only.")]
@@ -51,6 +53,11 @@ class SamplingBody(Body):
     ignore_eos: Annotated[bool, Field(description="Go on after an end token.")] = False
     n: Only[Literal[1]] = None
     user: Ignored[str] = None
+    session: Annotated[SessionName | None, Field(description="Keep prompt and answer in the session of this name.")] = (
+        None
+    )
+    id_slot: Annotated[int, Field(ge=-1, le=1 << 16, description="llama-server's: the session of a slot.")] = -1
+    cache_prompt: Only[Literal[True]] = None
 
     @model_validator(mode="after")
     def _usage_of_streams(self) -> SamplingBody:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -14,7 +14,10 @@ from kvfold.errors import KvfoldError, RequestCancelled
 from kvfold.server.errors import ApiError, as_api_error, body
 from kvfold.server.metrics import Metrics
 from kvfold.server.replies import DONE, Reply, event
+from kvfold.server.schema import SamplingBody
 from kvfold.serving.model import History, Model
+from kvfold.serving.prompts import Message
+from kvfold.serving.shelf import Place
 from kvfold.serving.streams import AsyncStream
 
 # Between a stream's signs of life while a prompt is read: proxies and clients give up on silent connections.
@@ -31,6 +34,23 @@ class Service:
     default_tokens: int = 2048
     started: int = field(default_factory=lambda: int(time.time()))
 
+    def __post_init__(self) -> None:
+        self.metrics.model = self.model
+
+    @property
+    def slots(self) -> int:
+        """As many as requests that are answered together."""
+        return self.model.scheduler.limits.max_rows
+
+    def place(self, body: SamplingBody, messages: Sequence[Message] = ()) -> Place | None:
+        """The session that a request is to be kept in, if it names one."""
+        if body.id_slot >= self.slots:
+            raise ApiError(400, "invalid_value", f"there are {self.slots} slots", "id_slot")
+        if body.session is not None and body.id_slot >= 0:
+            raise ApiError(400, "invalid_value", "session and id_slot name two sessions", "session")
+        name = slot_name(body.id_slot) if body.id_slot >= 0 else body.session
+        return None if name is None else Place(name, messages)
+
     def check_model(self, wanted: str) -> None:
         if wanted != self.name:
             raise ApiError(404, "model_not_found", f"this server serves {self.name!r}, not {wanted!r}", "model")
@@ -45,6 +65,11 @@ class Service:
     def answer_tokens(self, prompt_tokens: int) -> int:
         """How long an answer may be when its request does not say."""
         return max(1, min(self.default_tokens, self.model.max_context - prompt_tokens))
+
+
+def slot_name(slot: int) -> str:
+    """The session that stands for a slot of llama-server's."""
+    return f"slot-{slot}"
 
 
 def service_of(request: Request) -> Service:

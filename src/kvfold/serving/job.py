@@ -13,6 +13,7 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.serving.generation import Generation
 from kvfold.serving.logits import TokenLogprob, logprob, process, processors
+from kvfold.serving.shelf import Place
 from kvfold.serving.text import AnswerText
 from kvfold.sessions.session import Session
 
@@ -50,7 +51,7 @@ class Channel(Protocol):
 
 
 class Job:
-    """prompt: token ids. name: of the session that is to hold prompt and answer. The scheduler writes, one reader reads."""
+    """prompt: token ids. place: the session that is to hold prompt and answer. The scheduler writes, one reader reads."""
 
     def __init__(
         self,
@@ -59,14 +60,15 @@ class Job:
         tokenizer: Any,
         channel: Channel,
         ready: Any,
-        name: str | None = None,
+        place: Place | None = None,
     ) -> None:
-        self.prompt, self.generation, self.name = prompt, generation, name
+        self.prompt, self.generation, self.place = prompt, generation, place
         self.channel, self.ready = channel, ready
         self.session: Session | None = None
         self.sampler = generation.sampler()
         self.cached_tokens = 0
         self.answer: list[int] = []
+        self.text = ""  # of the answer
         self.finish: Finish | None = None
         self.cancelled = False
         self.submitted = time.monotonic()
@@ -108,6 +110,7 @@ class Job:
         if piece.finish is not None:
             self.finish = piece.finish
             piece.text += self._text.finish()
+        self.text += piece.text
         self._pieces.append(piece)
 
     def read(self) -> Piece | None:

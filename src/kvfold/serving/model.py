@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -16,9 +17,9 @@ from kvfold.serving.generation import Generation
 from kvfold.serving.job import Channel, Job
 from kvfold.serving.prompts import Message, chat_tokens, text_tokens
 from kvfold.serving.scheduler import Limits, Meter, Scheduler
+from kvfold.serving.shelf import Keep, Place, Shelf
 from kvfold.serving.streams import Answer, AsyncStream, LoopChannel, Stream, ThreadChannel
-from kvfold.sessions.runner import Runner
-from kvfold.sessions.session import Session
+from kvfold.serving.talk import Conversation
 
 History = str | Sequence[Message]
 
@@ -27,23 +28,11 @@ CPU_CALL_TOKENS, GPU_CALL_TOKENS = 128, 512
 _THREADS = ThreadChannel()
 
 
-@dataclass(frozen=True)
-class _Fresh:
-    """A shelf that keeps nothing."""
-
-    runner: Runner
-
-    def open(self, tokens: Sequence[int], name: str | None) -> Session:
-        return Session(self.runner)
-
-    def close(self, session: Session, name: str | None) -> None: ...
-
-
 class Model:
-    """A loaded model with its scheduler. `close` it, or use it as `with`.
+    """A loaded model with its scheduler and its sessions. `close` it, or use it as `with`.
 
     max_context: tokens of prompt and answer; the model's own limit if that is smaller. call_tokens: tokens of a prompt
-    read in one call.
+    read in one call. keep: where and how much of what was read is kept.
     """
 
     def __init__(
@@ -55,17 +44,18 @@ class Model:
         meter: Meter | None = None,
         max_context: int | None = None,
         call_tokens: int | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self.model, self.tokenizer, self.source = loaded.model, loaded.tokenizer, loaded.source
         if call_tokens is None:
             call_tokens = CPU_CALL_TOKENS if loaded.model.device.type == "cpu" else GPU_CALL_TOKENS
-        self.runner = Runner(loaded.model, loaded.tokenizer, profile, call_tokens=call_tokens)
         text = loaded.model.config.get_text_config()
         self.vocabulary: int = text.vocab_size
         own = getattr(text, "max_position_embeddings", None)
         self.max_context: int = min(x for x in (own, max_context, 1 << 30) if x)
-        shelf = _Fresh(self.runner)
-        self.scheduler = Scheduler(self.runner, shelf, _ends(loaded), limits or Limits(), meter or Meter())
+        store = (keep or Keep()).store(loaded.model, loaded.tokenizer, profile, call_tokens)
+        self.runner, self.shelf = store.runner, Shelf(store)
+        self.scheduler = Scheduler(self.runner, self.shelf, _ends(loaded), limits or Limits(), meter or Meter())
 
     def tokens(self, history: History) -> list[int]:
         """Token ids of plain text, or of messages through the chat template.
@@ -76,7 +66,9 @@ class Model:
             return text_tokens(self.tokenizer, history)
         return chat_tokens(self.tokenizer, history)
 
-    def _submit(self, prompt: list[int], generation: Generation, channel: Channel, ready: Any) -> Job:
+    def _submit(
+        self, prompt: list[int], generation: Generation, channel: Channel, ready: Any, place: Place | None
+    ) -> Job:
         """Raises BadPrompt, ContextTooLong, InvalidConfig, Overloaded, Draining."""
         if not prompt:
             raise BadPrompt("the prompt has no tokens", "Send some text")
@@ -88,18 +80,19 @@ class Model:
                 f"the context ends at {self.max_context} tokens; the prompt has {len(prompt)}, {wanted} are to follow",
                 "Send a shorter prompt, or ask for fewer tokens",
             )
-        job = Job(prompt, replace(generation, max_tokens=generation.max_tokens or room), self.tokenizer, channel, ready)
+        generation = replace(generation, max_tokens=generation.max_tokens or room)
+        job = Job(prompt, generation, self.tokenizer, channel, ready, place)
         self.scheduler.submit(job)
         return job
 
-    def stream(self, prompt: list[int], generation: Generation) -> Stream:
-        """An answer to token ids, for a reader in this or another thread."""
-        return Stream(self.scheduler, self._submit(prompt, generation, _THREADS, threading.Event()))
+    def stream(self, prompt: list[int], generation: Generation, place: Place | None = None) -> Stream:
+        """An answer to token ids, for a reader in this or another thread. place: the session to keep both in."""
+        return Stream(self.scheduler, self._submit(prompt, generation, _THREADS, threading.Event(), place))
 
-    def astream(self, prompt: list[int], generation: Generation) -> AsyncStream:
+    def astream(self, prompt: list[int], generation: Generation, place: Place | None = None) -> AsyncStream:
         """An answer to token ids, for a reader in the running event loop."""
         channel = LoopChannel(asyncio.get_running_loop())
-        return AsyncStream(self.scheduler, self._submit(prompt, generation, channel, asyncio.Event()))
+        return AsyncStream(self.scheduler, self._submit(prompt, generation, channel, asyncio.Event(), place))
 
     @overload
     def complete(self, history: History, *, stream: Literal[False] = False, **generation: Any) -> Answer: ...
@@ -127,9 +120,14 @@ class Model:
         out = self.astream(tokens, Generation(**generation))
         return out if stream else await out.read()
 
+    def session(self, name: str, system: str | None = None) -> Conversation:
+        """A conversation that is kept under this name: the one there is, or a new one, which `system` begins."""
+        return Conversation(self, name, system)
+
     def close(self, grace_seconds: float = 0.0) -> None:
-        """Take no more requests, give those there are so much time, and stop."""
+        """Take no more requests, give those there are so much time, stop, and write sessions to the disk, if there is one."""
         self.scheduler.close(grace_seconds)
+        self.shelf.store.close()
 
     def __enter__(self) -> Model:
         return self
@@ -147,6 +145,18 @@ def _ends(loaded: Loaded) -> frozenset[int]:
     return frozenset(i for i in found if i is not None)
 
 
-def open_model(source: str, profile: str = "balanced", options: Options | None = None, **how: Any) -> Model:
-    """Load a model to talk to: a folder, a hub id, a GGUF file, or `demo`. how: arguments of Model."""
-    return Model(load_model(source, options), profile, **how)
+def load(
+    source: str,
+    profile: str = "balanced",
+    *,
+    memory: int | str = "4GiB",
+    disk: Path | str | None = None,
+    options: Options | None = None,
+    **how: Any,
+) -> Model:
+    """Load a model to talk to: a folder, a hub id, a GGUF file, or `demo`.
+
+    memory: what the caches of all its sessions may take. disk: folder that they are saved to. options: how it is loaded.
+    how: arguments of Model. Raises ModelError subclasses.
+    """
+    return Model(load_model(source, options), profile, keep=Keep(memory, disk), **how)

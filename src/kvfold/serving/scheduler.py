@@ -11,19 +11,19 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvfold.errors import Draining, KvfoldError, ModelFailure, OutOfMemory, Overloaded
 from kvfold.serving.job import Channel, Job, Piece
+from kvfold.serving.shelf import Shelf
 from kvfold.sessions.batch import SessionBatch
 from kvfold.sessions.runner import Runner
-from kvfold.sessions.session import Session
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -52,16 +52,6 @@ class Meter:
 
     def finished(self, job: Job) -> None:
         """A job left, for whatever reason."""
-
-
-class Shelf(Protocol):
-    """Where sessions come from and go to. Called from the scheduler's thread."""
-
-    def open(self, tokens: Sequence[int], name: str | None) -> Session:
-        """A session of its own that holds a beginning of `tokens`, all but one of them at most."""
-
-    def close(self, session: Session, name: str | None) -> None:
-        """Take it back; no more tokens come."""
 
 
 class Scheduler:
@@ -172,12 +162,12 @@ class Scheduler:
             self._waiting = deque(j for j in self._waiting if not j.cancelled)
             free = self.limits.max_rows - len(self._reading) - len(self._answering)
             new = [self._waiting.popleft() for _ in range(min(len(self._waiting), free))]
+        for job in gone:
+            self._finish(job, Piece(finish="cancelled"))
         if calls:
             self._part()
         for work, future in calls:
             _work(work, future)
-        for job in gone:
-            self._finish(job, Piece(finish="cancelled"))
         for job in new:
             self._guarded(self._admit, job)
         if self._reading:
@@ -194,7 +184,7 @@ class Scheduler:
             self._finish(job, Piece(finish="error", error=_named(error)))
 
     def _admit(self, job: Job) -> None:
-        job.session = self.shelf.open(job.prompt, job.name)
+        job.session = self.shelf.open(job.prompt)
         job.cached_tokens = len(job.session.tokens)
         self._reading.append(job)
 
@@ -258,11 +248,11 @@ class Scheduler:
             self._answering.remove(job)
         elif job in self._reading:
             self._reading.remove(job)
-        session, job.session = job.session, None
-        if session is not None:
-            self.shelf.close(session, job.name)
         with self._changed:
             del self._live[job]
+        session, job.session = job.session, None
+        if session is not None:
+            self.shelf.close(session, job.place if job.answer else None, job.text)
         self._seconds += (time.monotonic() - job.submitted - self._seconds) / 8
         self.meter.finished(job)
 
@@ -276,6 +266,7 @@ class Scheduler:
         self._batch = None
         for job in self.jobs:
             if job.session is not None:
+                self.shelf.discard(job.session)
                 job.session = None
                 self._finish(job, Piece(finish="error", error=_named(error)))
 

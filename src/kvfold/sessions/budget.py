@@ -49,13 +49,32 @@ class Budget:
 
     @property
     def nbytes(self) -> int:
-        """Pages, and of each session in memory ring, sinks, states and windows as large as they get, tables, checkpoints."""
+        """All of `kinds`."""
+        return sum(self.kinds().values())
+
+    def kinds(self) -> dict[str, int]:
+        """Bytes of pages, and of the sessions in memory: exact tokens, states and windows as large as they get; tables;
+        checkpoints."""
         with self._lock:
             sessions = self._sessions()
             checkpoints = {id(c): c for s in sessions for c in list(s.checkpoints.values())}  # forks share them
             tables = [q.table_bytes for s in sessions for x in s.cache.folded_layers for q in x.folded.sequences]
-            own = len(sessions) * self._runner.session_bytes + sum(tables)
-            return self.page_bytes + own + sum(c.unshared_bytes for c in checkpoints.values())
+            return {
+                "pages": self.page_bytes,
+                "exact": len(sessions) * self._runner.session_bytes,
+                "tables": sum(tables),
+                "checkpoints": sum(c.unshared_bytes for c in checkpoints.values()),
+            }
+
+    @property
+    def reference_bytes(self) -> int:
+        """What 16 bits per key and value would take for the tokens of `nbytes`: pages once, however many share them,
+        and of each session in memory those not yet in them."""
+        per_layer = self._runner.layer_reference_bytes
+        with self._lock:
+            pages = sum(p.pages_used * b for p, b in zip(self._pools, per_layer, strict=True))
+            rest = sum(len(s.tokens) - _pages_of(s) * PAGE_TOKENS for s in self._sessions())
+        return pages * PAGE_TOKENS + rest * sum(per_layer)
 
     @contextmanager
     def room(self, pages: int = 0, sessions: int = 0, checkpoints: int = 0) -> Iterator[None]:
@@ -98,6 +117,11 @@ class BudgetedRunner(Runner):
             return
         with self.budget.room(pages, checkpoints=checkpoints):
             yield
+
+
+def _pages_of(session: Session) -> int:
+    layers = session.cache.folded_layers
+    return -(-layers[0].folded.sequences[0].folded // PAGE_TOKENS) if layers else 0
 
 
 def _new_pages(session: Session, tokens: int) -> int:

@@ -20,7 +20,7 @@ Tokens = NDArray[np.int32]
 
 @dataclass
 class Entry:
-    """tokens, and ways (lengths it can be forked at): as of its last release. saved: what of it the disk holds."""
+    """tokens, ways (lengths it can be forked at) and nbytes: as of its last release. saved: what of it the disk holds."""
 
     name: str
     session: Session | None = None
@@ -28,14 +28,25 @@ class Entry:
     used: int = 0  # the store's clock when it was last used
     tokens: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
     ways: list[int] = field(default_factory=list)
+    nbytes: int = 0
     saved: Any = None
 
     @property
     def automatic(self) -> bool:
         return self.name.startswith(AUTOMATIC)
 
-    def note(self, tokens: Sequence[int], ways: Iterable[int]) -> None:
-        self.tokens, self.ways = np.asarray(tokens, np.int32), sorted(ways)
+    def note(self, tokens: Sequence[int], ways: Iterable[int], nbytes: int) -> None:
+        self.tokens, self.ways, self.nbytes = np.asarray(tokens, np.int32), sorted(ways), nbytes
+
+    def row(self) -> dict[str, Any]:
+        """What a list of sessions says of this one; while it is in use, its bytes are those of its last release."""
+        return {
+            "name": self.name,
+            "tokens": len(self.session.tokens) if self.session is not None else len(self.tokens),
+            "bytes": self.nbytes,
+            "in_memory": self.session is not None,
+            "in_use": self.in_use,
+        }
 
     def way(self, wanted: Tokens) -> int:
         """How much of `wanted`, short of its last token, a fork of this session can hold; 0 for nothing."""

@@ -82,28 +82,24 @@ class SessionStore:
         return self._budget.nbytes
 
     def sessions(self) -> list[dict[str, Any]]:
-        """One row per session: name, tokens, bytes in memory (shared pages counted in each), in use, on disk."""
+        """One row per session: name, tokens, bytes in memory (shared pages counted in each; of one on the disk, its files)
+        and of the same tokens at 16 bits, whether it is in memory, in use, on the disk."""
+        per_token = sum(self.runner.layer_reference_bytes)
         with self._lock:
-            return [
-                {
-                    "name": e.name,
-                    "tokens": len(e.session.tokens) if e.session is not None else len(e.tokens),
-                    "bytes": e.session.nbytes if e.session is not None and not e.in_use else 0,
-                    "in_memory": e.session is not None,
-                    "in_use": e.in_use,
-                    "on_disk": self._saved(e.name),
-                }
-                for e in self._entries.values()
-            ]
+            rows = [{**e.row(), "on_disk": self._saved(e.name)} for e in self._entries.values()]
+        return [{**r, "reference_bytes": r["tokens"] * per_token} for r in rows]
 
     def report(self) -> dict[str, Any]:
         """Sessions and bytes, and counts of what was looked up, found, written out and brought back."""
         with self._lock:
             entries = list(self._entries.values())
+            kinds = self._budget.kinds()
         return {
-            "memory_bytes": self.nbytes,
+            "memory_bytes": sum(kinds.values()),
+            "memory_bytes_by_kind": kinds,
+            "memory_reference_bytes": self._budget.reference_bytes,
             "memory_limit_bytes": self._budget.limit,
-            "page_bytes": self._budget.page_bytes,
+            "page_bytes": kinds["pages"],
             "sessions": len(entries),
             "sessions_in_memory": sum(e.session is not None for e in entries),
             "sessions_in_use": sum(e.in_use for e in entries),
@@ -156,6 +152,23 @@ class SessionStore:
             self._entries[name] = self._entries.pop(entry.name)
             entry.name = session.name = name
 
+    def replace(self, session: Session, name: str) -> None:
+        """Give a session in use that has no name of its own this one, instead of the session that had it. The disk keeps
+        that until this one is written. Raises CacheMisuse if that one is in use."""
+        check_name(name)
+        with self._lock:
+            entry, old = self._mine(session), self._entries.get(name)
+            if not entry.automatic or (old is not None and old.in_use):
+                raise CacheMisuse(
+                    f"session {name!r} cannot be replaced by {entry.name!r} now", "Fork or release it first"
+                )
+            self._entries[name] = self._entries.pop(entry.name)
+            former, entry.name, session.name, entry.saved = entry.name, name, name, None
+        if old is not None and old.session is not None:
+            old.session.close()
+        if self._saved(former) and self.disk is not None:
+            self.disk.remove(former)
+
     def commit(self, session: Session) -> None:
         """When this returns, the session as it is now is on the disk. Raises StorageFailed."""
         if self.disk is None:
@@ -169,7 +182,7 @@ class SessionStore:
         session.share()
         with self._lock:
             entry = self._mine(session)
-            entry.note(session.tokens, {*session.checkpoints, len(session.tokens)})
+            entry.note(session.tokens, {*session.checkpoints, len(session.tokens)}, session.nbytes)
             self._give_back(entry)
             idle = [e for e in self._entries.values() if e is not entry and e.automatic and not e.in_use]
             needless = [self._pop(e.name) for e in idle if entry.continues(e)]
@@ -335,7 +348,7 @@ class SessionStore:
             fingerprint.check(made.model, self.runner.fingerprint)
             if made.spec == self.runner.spec:
                 ways = [x.length for x in (*made.checkpoints, made.state)]
-                entry.note(Content.tokens_of(disk.folder(name), made), ways)
+                entry.note(Content.tokens_of(disk.folder(name), made), ways, disk.bytes(name))
         except SessionError:
             return entry
         return entry
