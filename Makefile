@@ -13,7 +13,8 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pip install --quiet -e '.[cross]' -c constraints.txt
+	$(BIN)/python -m pytest -q -n 2 -m slow $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests

@@ -2,10 +2,9 @@
 #include <new>
 
 #include "attend.h"
-#include "half.h"
 #include "kvfold_cpu.h"
 #include "levels.h"
-#include "pack.h"
+#include "pages.h"
 #include "pool.h"
 
 #if defined(__linux__)
@@ -13,8 +12,7 @@
 #endif
 
 #include <atomic>
-#include <cmath>
-#include <vector>
+#include <cstring>
 
 using kvfold::Layout;
 using kvfold::Level;
@@ -42,27 +40,6 @@ const void* vector_at(const kvf_vectors& v, int dtype, std::int64_t outer, std::
   return static_cast<const char*>(v.data) + (outer * v.outer_stride + head * v.head_stride) * element_bytes(dtype);
 }
 
-// Applies the inverse rotation to s * L and adds the means, if any.
-void restore(const kvf_format& format, const Level& level, const std::uint8_t* codes, const kvf_side& side, const float* signs,
-             const std::uint8_t* scales, const std::int8_t* means, const std::uint8_t* mean_scales, float* out) {
-  const int dim = format.head_dim;
-  const float norm = 1.0f / std::sqrt(static_cast<float>(dim));
-  alignas(64) float vector[kvfold::kMaxDim];
-  for (int t = 0; t < kvfold::kPageTokens; ++t) {
-    std::uint16_t half;
-    std::memcpy(&half, scales + 2 * t, sizeof half);
-    const float scale = kvfold::half_to_float(half) * norm;
-    for (int j = 0; j < dim; ++j) vector[j] = scale * static_cast<float>(side.levels[codes[t * dim + j]]);
-    level.hadamard(vector, dim);
-    for (int j = 0; j < dim; ++j) out[t * dim + j] = vector[j] * signs[j];
-    if (means == nullptr) continue;
-    const int which = t / kvfold::kMeanTokens;
-    std::memcpy(&half, mean_scales + 2 * which, sizeof half);
-    const float mean_scale = kvfold::half_to_float(half);
-    for (int j = 0; j < dim; ++j) out[t * dim + j] += mean_scale * static_cast<float>(means[which * dim + j]);
-  }
-}
-
 }  // namespace
 
 extern "C" {
@@ -79,7 +56,7 @@ int64_t kvf_row_bytes(const kvf_format* format) { return usable(format) ? static
 
 int32_t kvf_fold(const kvf_format* format, int32_t level, int32_t threads, int32_t dtype, kvf_vectors keys, kvf_vectors values,
                  int64_t pages, int32_t first_page, const uint64_t* rows) {
-  if (!usable(format)) return KVF_UNSUPPORTED;
+  if (!usable(format) || format->key.trellis != nullptr || format->value.trellis != nullptr) return KVF_UNSUPPORTED;
   const Level* chosen = kvfold::choose_level(level);
   if (chosen == nullptr) return KVF_NO_LEVEL;
   const Layout layout(*format);
@@ -106,58 +83,19 @@ int32_t kvf_unfold(const kvf_format* format, int32_t level, const uint8_t* row, 
   if (!usable(format)) return KVF_UNSUPPORTED;
   const Level* chosen = kvfold::choose_level(level);
   if (chosen == nullptr) return KVF_NO_LEVEL;
-  const Layout layout(*format);
-  const std::size_t vectors = std::size_t{kvfold::kPageTokens} * layout.dim;
-  std::vector<std::uint8_t> codes(vectors);
-  for (int h = 0; h < format->kv_heads; ++h) {
-    const auto* means = format->centre != 0 ? reinterpret_cast<const std::int8_t*>(row + layout.means(h)) : nullptr;
-    kvfold::unpack_keys(row + layout.key_codes(h), format->head_dim, format->key.bits, codes.data());
-    restore(*format, *chosen, codes.data(), format->key, format->key_signs + h * layout.dim, row + layout.key_scales(h), means,
-            row + layout.mean_scales(h), keys + h * vectors);
-    kvfold::unpack_values(row + layout.value_codes(h), format->head_dim, format->value.bits, codes.data());
-    restore(*format, *chosen, codes.data(), format->value, format->value_signs + h * layout.dim, row + layout.value_scales(h), nullptr,
-            nullptr, values + h * vectors);
-  }
+  kvfold::unfold(*format, *chosen, row, keys, values);
   return KVF_OK;
 }
 
 int32_t kvf_to_canonical(const kvf_format* format, const uint8_t* row, uint8_t* canonical) {
   if (!usable(format)) return KVF_UNSUPPORTED;
-  const Layout layout(*format);
-  std::vector<std::uint8_t> codes(std::size_t{kvfold::kPageTokens} * layout.dim);
-  std::memset(canonical, 0, layout.row_bytes());
-  for (std::size_t h = 0; h < layout.heads; ++h) {
-    std::uint8_t* out = canonical + h * layout.head_bytes;
-    kvfold::unpack_keys(row + layout.key_codes(h), format->head_dim, format->key.bits, codes.data());
-    kvfold::pack_canonical(codes.data(), format->head_dim, format->key.bits, out);
-    std::memcpy(out += layout.key_bytes, row + layout.key_scales(h), Layout::kScaleBytes);
-    kvfold::unpack_values(row + layout.value_codes(h), format->head_dim, format->value.bits, codes.data());
-    kvfold::pack_canonical(codes.data(), format->head_dim, format->value.bits, out += Layout::kScaleBytes);
-    std::memcpy(out += layout.value_bytes, row + layout.value_scales(h), Layout::kScaleBytes);
-    if (format->centre == 0) continue;
-    std::memcpy(out += Layout::kScaleBytes, row + layout.means(h), layout.mean_bytes);
-    std::memcpy(out + layout.mean_bytes, row + layout.mean_scales(h), 2 * kvfold::kMeans);
-  }
+  kvfold::to_canonical(*format, row, canonical);
   return KVF_OK;
 }
 
 int32_t kvf_from_canonical(const kvf_format* format, const uint8_t* canonical, uint8_t* row) {
   if (!usable(format)) return KVF_UNSUPPORTED;
-  const Layout layout(*format);
-  std::vector<std::uint8_t> codes(std::size_t{kvfold::kPageTokens} * layout.dim);
-  std::memset(row, 0, layout.row_bytes());
-  for (std::size_t h = 0; h < layout.heads; ++h) {
-    const std::uint8_t* in = canonical + h * layout.head_bytes;
-    kvfold::unpack_canonical(in, format->head_dim, format->key.bits, codes.data());
-    kvfold::pack_keys(codes.data(), format->head_dim, format->key.bits, row + layout.key_codes(h));
-    std::memcpy(row + layout.key_scales(h), in += layout.key_bytes, Layout::kScaleBytes);
-    kvfold::unpack_canonical(in += Layout::kScaleBytes, format->head_dim, format->value.bits, codes.data());
-    kvfold::pack_values(codes.data(), format->head_dim, format->value.bits, row + layout.value_codes(h));
-    std::memcpy(row + layout.value_scales(h), in += layout.value_bytes, Layout::kScaleBytes);
-    if (format->centre == 0) continue;
-    std::memcpy(row + layout.means(h), in += Layout::kScaleBytes, layout.mean_bytes);
-    std::memcpy(row + layout.mean_scales(h), in + layout.mean_bytes, 2 * kvfold::kMeans);
-  }
+  kvfold::from_canonical(*format, canonical, row);
   return KVF_OK;
 }
 

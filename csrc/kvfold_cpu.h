@@ -17,13 +17,27 @@
 extern "C" {
 #endif
 
-#define KVF_ABI_VERSION 2
+#define KVF_ABI_VERSION 3
 
 enum { KVF_OK = 0, KVF_UNSUPPORTED = 1, KVF_NON_FINITE = 2, KVF_NO_LEVEL = 3, KVF_NO_MEMORY = 4, KVF_NOT_A_PAGE = 5 };
 enum { KVF_FLOAT32 = 0, KVF_BFLOAT16 = 1, KVF_FLOAT16 = 2 };
 enum { KVF_SCALE_NORM = 0, KVF_SCALE_UNBIASED = 1, KVF_SCALE_LEAST_SQUARES = 2, KVF_SCALE_MATCH = 3 };
 
-/* One side (keys or values) of a codec: 2^bits ascending integer levels, the thresholds between them, how scales are chosen, and how
+/* How attention reads a trellis code ("Trellis codes" in FORMAT.md). Bits of a vector are one stream, in the order in which they enter
+   the register; a window is the 6 + width bits that end with a step's last, the oldest in bit 0. Coordinates alternate between widths.
+   index = affine_low applied to the window's low byte, exclusive or affine_high applied to the rest, each a matrix of bits as
+   x86's gf2p8affineqb takes it; level = levels[index]. pairs[w] holds the two levels of two steps, w being the first window and
+   the bits after it. starts: the six bits before the first, oldest in bit 0, by stored number. */
+typedef struct kvf_trellis_reader {
+  int32_t widths[2];
+  uint64_t affine_low[2];
+  uint64_t affine_high[2];
+  int8_t levels[64];
+  uint8_t starts[4];
+  const int8_t* pairs; /* [2^(6 + both widths)][2] */
+} kvf_trellis_reader;
+
+/* One side (keys or values) of a codec. A trellis code has a reader and nothing else. A scalar one: 2^bits ascending integer levels, the thresholds between them, how scales are chosen, and how
    many codebook grids (1 or 3) the encoder tries per vector. */
 typedef struct kvf_side {
   int32_t bits;
@@ -32,6 +46,7 @@ typedef struct kvf_side {
   float step;
   float thresholds[15];
   int8_t levels[16];
+  const kvf_trellis_reader* trellis; /* null: scalar */
 } kvf_side;
 
 /* What a page of one layer looks like. signs: [kv_heads, head_dim] of +1/-1 for each side. */

@@ -5,14 +5,16 @@
 //
 // A block of pages is a list of uniform steps, one group each: 8 per page for keys, D/16 per page for values. tileload does not forward
 // from recent stores, so unpacking runs kAhead steps before the tile operations that read it; the ring of unpacked groups stays in L1.
-// With many query tiles (prefill) a block is unpacked once, before its tiles. Bound by memory at 4 and 3 bits, by the vector part of the
+// With many query tiles (prefill) and from trellis codes a block is unpacked once, before its tiles. Bound by memory at 4 and 3 bits, by the vector part of the
 // softmax and by unpacking at 2.
 #include <immintrin.h>
 
 #include <utility>
 
-#include "define_level.h"
 #include "simd_avx512.h"
+#include "trellis_avx512.h"
+// The reader of trellis codes above is to be known before the templates that use it.
+#include "define_level.h"
 #include "x86.h"
 
 namespace kvfold {
@@ -124,9 +126,9 @@ struct TilesKernel {
   static constexpr int kSlotBytes = kLanes * (kDim > kPageTokens ? kDim : kPageTokens);
   static constexpr int kMaxSteps = kPages * (kTokenGroups + kValueGroups);
 
-  explicit TilesKernel(const PagesTask& work) : task(work), layout(*work.format), fused(work.tile_count == 1) {
-    fill_table(task.format->key, 0, key_table);
-    fill_table(task.format->value, 0, value_table);
+  explicit TilesKernel(const PagesTask& work)
+      : task(work), layout(*work.format), key(work.format->key, kDim, 0), value(work.format->value, kDim, 0),
+        fused(work.tile_count == 1 && !key.trellis && !value.trellis) {
     unpack_key = unpack_for(task.format->key.bits, kDim / 4);
     unpack_value = unpack_for(task.format->value.bits, kTokenQuads);
     key_group = Layout::group_bytes(kDim / 4, task.format->key.bits);
@@ -161,9 +163,18 @@ struct TilesKernel {
 
   void unpack_step(const Block& of, int step, std::uint8_t* out) const {
     if (step < of.key_steps)
-      unpack_key(of.sources[step], out, key_table);
+      unpack_key(of.sources[step], out, key.table);
     else
-      unpack_value(of.sources[step], out, value_table);
+      unpack_value(of.sources[step], out, value.table);
+  }
+
+  // All of a block at once.
+  void unpack_block() {
+    const std::uint8_t* row = page(now->first_page);
+    key.keys(row + layout.key_codes(now->head), row + layout.key_scales(now->head));
+    value.values(row + layout.value_codes(now->head), row + layout.value_scales(now->head));
+    const int first = key.trellis ? now->key_steps : 0, end = value.trellis ? now->key_steps : now->count;
+    for (int i = first; i < end; ++i) unpack_step(*now, i, unpacked + i * kSlotBytes);
   }
 
   // Asks for the next lines of the stream of rows. Called at an even pace in all phases: memory idles whenever nothing is asked for.
@@ -191,7 +202,10 @@ struct TilesKernel {
 
   // The unpacked group of a step. While fused, also unpacks the one kAhead steps later, in this block or the next.
   const std::uint8_t* group(int step) {
-    if (!fused) return unpacked + step * kSlotBytes;
+    if (!fused) {
+      if (step < now->key_steps) return key.trellis ? key.levels + step * kLanes * kDim : unpacked + step * kSlotBytes;
+      return value.trellis ? value.levels + (step - now->key_steps) * kLanes * kPageTokens : unpacked + step * kSlotBytes;
+    }
     const int later = step + kAhead;
     std::uint8_t* slot = unpacked + (phase + later) % kRing * kSlotBytes;
     if (later < now->count)
@@ -222,13 +236,12 @@ struct TilesKernel {
   // Integer sums of one group of keys -> scores.
   void convert_scores(const QueryTile& tile, int step) {
     const int p = step / kTokenGroups, g = step % kTokenGroups, token = g * kLanes;
-    const auto* scales = reinterpret_cast<const std::uint16_t*>(page(now->first_page + p) + layout.key_scales(now->head));
-    const __m512 scale = Simd::load_half(scales + token);
+    const __m512 scale = _mm512_load_ps(key_scales[p] + token);
     const auto* sum = sums[step % T::kSums];
     for (int r = 0; r < tile.rows; ++r) {
-      const __m512 value = whole(sum, r), s = _mm512_mul_ps(scale, _mm512_set1_ps(tile.scale[r]));
+      const __m512 dot = whole(sum, r), s = _mm512_mul_ps(scale, _mm512_set1_ps(tile.scale[r]));
       _mm512_store_ps(block.scores[r] + p * kPageTokens + token,
-                      _mm512_fmadd_ps(value, s, _mm512_set1_ps(bias[p][token / kMeanTokens][r])));
+                      _mm512_fmadd_ps(dot, s, _mm512_set1_ps(bias[p][token / kMeanTokens][r])));
     }
   }
 
@@ -284,7 +297,8 @@ struct TilesKernel {
     for (int p = 0; p < now->pages; ++p) {
       const std::uint8_t* row = page(now->first_page + p);
       mean_scores<Simd>(task, layout, row, now->head, tile, bias[p]);
-      load_value_scales<Simd>(block, row + layout.value_scales(now->head), p);
+      key.scales(row + layout.key_scales(now->head), row + layout.key_unit(now->head), key_scales[p]);
+      value.scales(row + layout.value_scales(now->head), row + layout.value_unit(now->head), block.value_scales + p * kPageTokens);
     }
     score(tile);
     mask_block(block, task, now->first_page, now->pages, tile.rows);
@@ -308,8 +322,7 @@ struct TilesKernel {
     }
     for (std::int64_t item = 0; item < items; ++item) {
       plan(item + 1 < items ? item + 1 : item, *next);
-      if (!fused)
-        for (int i = 0; i < now->count; ++i) unpack_step(*now, i, unpacked + i * kSlotBytes);
+      if (!fused) unpack_block();
       const int head = now->head - task.first_head;
       for (int i = head * task.tile_count; i < (head + 1) * task.tile_count; ++i) attend_tile(task.tiles[i], task.states[i]);
       phase = (phase + now->count) % kRing;
@@ -320,6 +333,7 @@ struct TilesKernel {
 
   const PagesTask& task;
   const Layout layout;
+  SideReader<Simd> key, value;
   const bool fused;
   Unpack unpack_key, unpack_value;
   std::size_t key_group, value_group;
@@ -329,8 +343,7 @@ struct TilesKernel {
   const std::uint8_t *cursor = nullptr, *cursor_end = nullptr;
   std::int64_t cursor_page = 0;
   float bias[kPages][kMeans][kTileRows];
-  alignas(64) std::uint8_t key_table[64];
-  alignas(64) std::uint8_t value_table[64];
+  alignas(64) float key_scales[kPages][kPageTokens];
   alignas(64) std::int32_t sums[4][kTileRows * 2][kLanes];
   alignas(64) std::uint8_t unpacked[kMaxSteps * kSlotBytes];
   TileSink sink;

@@ -16,6 +16,7 @@ constexpr float kGridTop = 32639.0f;
 // Rows of pages are read in address order; code lines are prefetched into the second level cache this far ahead (best of 1 to 32 KB,
 // both levels, where it was measured).
 constexpr int kPrefetchBytes = 8192;
+constexpr int kLevelBits = 8;  // of levels that were unpacked: a dot product takes them as they are
 constexpr int kOperandBytes = kMaxDim / 4 * kTileRows * 8;
 
 // Query rows of one KV head, ready for integer dot products.

@@ -1,5 +1,7 @@
 // Attention of a tile of query rows over packed pages, for every level whose dot product walks code lines.
 //
+// Levels of trellis codes are unpacked first (trellis.h), a page of one KV head at a time; the dot product then reads them as they are.
+//
 //   score[r][t] = key_scale[t] * <L_t, x_r> * row_scale[r] + <query_r, mean of t's half page>      (units of log 2)
 //   weight[r][t] = exp2(score - block peak) * value_scale[t], rounded to the 16-bit grid
 //   output[r] += sum_t weight[r][t] * L_t                                              (rotated basis)
@@ -11,10 +13,12 @@
 
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "../format.h"
 #include "level.h"
 #include "softmax.h"
+#include "trellis.h"
 
 namespace kvfold {
 namespace {
@@ -39,6 +43,7 @@ Dot dot_for_quads(int quads, int rows) {
 
 template <class Simd>
 Dot dot_for(int bits, int quads, int rows) {
+  if (bits == kLevelBits) return dot_for_quads<Simd, kLevelBits>(quads, rows);
   if (bits == 4) return dot_for_quads<Simd, 4>(quads, rows);
   if (bits == 3) return dot_for_quads<Simd, 3>(quads, rows);
   return dot_for_quads<Simd, 2>(quads, rows);
@@ -100,29 +105,58 @@ struct LineSink {  // weights of one block in the order dot() reads
   }
 };
 
+// Codes of one side of a page as dot() takes them: packed, or unpacked from a trellis to `levels`; and their tokens' scales.
+template <class Simd>
+struct SideReader {
+  SideReader(const kvf_side& side, int dim, int bias) : bits(side.trellis == nullptr ? side.bits : kLevelBits) {
+    if (side.trellis != nullptr)
+      trellis.emplace(*side.trellis, dim, bias);
+    else
+      fill_table(side, bias, table);
+  }
+
+  const std::uint8_t* keys(const std::uint8_t* codes, const std::uint8_t* headers) {
+    if (!trellis) return codes;
+    trellis->keys(codes, headers, levels);
+    return levels;
+  }
+  const std::uint8_t* values(const std::uint8_t* codes, const std::uint8_t* headers) {
+    if (!trellis) return codes;
+    trellis->values(codes, headers, levels);
+    return levels;
+  }
+  void scales(const std::uint8_t* stored, const std::uint8_t* unit, float* out) const {
+    if (trellis) return trellis_scales(stored, unit, out);
+    load_scales<Simd>(stored, out);
+  }
+
+  const int bits;
+  std::optional<TrellisReader<Simd>> trellis;
+  alignas(64) std::uint8_t table[64];
+  alignas(64) std::uint8_t levels[kPageTokens * kMaxDim];
+};
+
 template <class Simd>
 struct PagesKernel {
-  explicit PagesKernel(const PagesTask& work) : task(work), layout(*work.format) {
-    fill_table(task.format->key, Simd::kBias, key_table);
-    fill_table(task.format->value, Simd::kBias, value_table);
+  explicit PagesKernel(const PagesTask& work)
+      : task(work), layout(*work.format), key(work.format->key, work.format->head_dim, Simd::kBias),
+        value(work.format->value, work.format->head_dim, Simd::kBias), block_pages(key.trellis || value.trellis ? 1 : kBlockPages) {
     std::memset(&sink, 0, sizeof sink);
     std::memset(block.sum, 0, sizeof block.sum);  // dot() rounds the number of rows up
   }
 
   const std::uint8_t* page(std::int64_t index) const { return reinterpret_cast<const std::uint8_t*>(task.pages[index]); }
 
-  void score(const std::uint8_t* now, int head, const QueryTile& tile, int offset) {
-    const kvf_side& side = task.format->key;
-    const int quads = task.format->head_dim / 4;
-    const Dot dot = dot_for<Simd>(side.bits, quads, tile.rows);
-    const std::size_t group = Layout::group_bytes(quads, side.bits);
-    const auto* scales = reinterpret_cast<const std::uint16_t*>(now + layout.key_scales(head));
+  void score(int which, int head, const QueryTile& tile) {
+    const int quads = task.format->head_dim / 4, offset = which * kPageTokens;
+    const Dot dot = dot_for<Simd>(key.bits, quads, tile.rows);
+    const std::size_t group = Layout::group_bytes(quads, key.bits);
     float bias[kMeans][kTileRows];
-    mean_scores<Simd>(task, layout, now, head, tile, bias);
+    mean_scores<Simd>(task, layout, rows[which], head, tile, bias);
     for (int g = 0; g < kTokenGroups; ++g) {
-      dot(now + layout.key_codes(head) + g * group, tile.operand, tile.sum, key_table, ints);
+      dot(keys[which] + g * group, tile.operand, tile.sum, key.table, ints);
       for (int l = 0; l < kLanes; l += Simd::kWidth) {
-        const auto scale = Simd::load_half(scales + g * kLanes + l);
+        const auto scale = Simd::load(key_scales[which] + g * kLanes + l);
         for (int r = 0; r < tile.rows; ++r)
           Simd::store(block.scores[r] + offset + g * kLanes + l,
                       Simd::fma(Simd::load_int32(ints + r * kLanes + l), Simd::mul(scale, Simd::set(tile.scale[r])),
@@ -131,13 +165,12 @@ struct PagesKernel {
     }
   }
 
-  void gather(const std::uint8_t* now, int head, TileState& state, int rows, int which) {
-    const kvf_side& side = task.format->value;
-    const Dot dot = dot_for<Simd>(side.bits, kTokenQuads, rows);
-    const std::size_t group = Layout::group_bytes(kTokenQuads, side.bits);
+  void gather(int which, TileState& state, int count) {
+    const Dot dot = dot_for<Simd>(value.bits, kTokenQuads, count);
+    const std::size_t group = Layout::group_bytes(kTokenQuads, value.bits);
     for (int g = 0; g < task.format->head_dim / kLanes; ++g) {
-      dot(now + layout.value_codes(head) + g * group, sink.operand[which], block.sum[which], value_table, ints);
-      for (int r = 0; r < rows; ++r)
+      dot(values[which] + g * group, sink.operand[which], block.sum[which], value.table, ints);
+      for (int r = 0; r < count; ++r)
         for (int l = 0; l < kLanes; l += Simd::kWidth) {
           float* out = state.output[r] + g * kLanes + l;
           Simd::store(out, Simd::fma(Simd::load_int32(ints + r * kLanes + l), Simd::set(block.scale[r]), Simd::load(out)));
@@ -145,27 +178,39 @@ struct PagesKernel {
     }
   }
 
+  void open(int which, std::int64_t index, int head) {
+    const std::uint8_t* now = rows[which] = page(index);
+    keys[which] = key.keys(now + layout.key_codes(head), now + layout.key_scales(head));
+    key.scales(now + layout.key_scales(head), now + layout.key_unit(head), key_scales[which]);
+    values[which] = value.values(now + layout.value_codes(head), now + layout.value_scales(head));
+  }
+
   void attend_tile(std::int64_t first, int pages, int head, const QueryTile& tile, TileState& state) {
-    for (int p = 0; p < pages; ++p) score(page(first + p), head, tile, p * kPageTokens);
-    for (int p = 0; p < pages; ++p) load_value_scales<Simd>(block, page(first + p) + layout.value_scales(head), p);
+    for (int p = 0; p < pages; ++p) score(p, head, tile);
+    for (int p = 0; p < pages; ++p)
+      value.scales(rows[p] + layout.value_scales(head), rows[p] + layout.value_unit(head), block.value_scales + p * kPageTokens);
     mask_block(block, task, first, pages, tile.rows);
     softmax<Simd>(block, pages, tile.rows, task.format->head_dim, state, sink);
-    for (int p = 0; p < pages; ++p) gather(page(first + p), head, state, tile.rows, p);
+    for (int p = 0; p < pages; ++p) gather(p, state, tile.rows);
   }
 
   void run() {
-    for (std::int64_t first = 0; first < task.count; first += kBlockPages) {
-      const int pages = task.count - first < kBlockPages ? 1 : kBlockPages;
-      for (int h = 0; h < task.head_count; ++h)
+    for (std::int64_t first = 0; first < task.count; first += block_pages) {
+      const int pages = task.count - first < block_pages ? 1 : block_pages;
+      for (int h = 0; h < task.head_count; ++h) {
+        for (int p = 0; p < pages; ++p) open(p, first + p, task.first_head + h);
         for (int i = h * task.tile_count; i < (h + 1) * task.tile_count; ++i)
           attend_tile(first, pages, task.first_head + h, task.tiles[i], task.states[i]);
+      }
     }
   }
 
   const PagesTask& task;
   const Layout layout;
-  alignas(64) std::uint8_t key_table[64];
-  alignas(64) std::uint8_t value_table[64];
+  SideReader<Simd> key, value;
+  const int block_pages;
+  const std::uint8_t *rows[kBlockPages], *keys[kBlockPages], *values[kBlockPages];
+  alignas(64) float key_scales[kBlockPages][kPageTokens];
   alignas(64) std::int32_t ints[kTileRows * kLanes];
   ScoreBlock block;
   LineSink<Simd> sink;

@@ -2,7 +2,7 @@
 //
 // walk<Simd, Bits, Quads>(src, part, visit) reads the lines of a group and calls visit(quad, indices) for each of its quads, where
 // `indices` holds in every byte the code of one lane (in its low bits; higher bits are whatever the line held, the lookup ignores
-// them). `part` selects a register's width of every 64-byte line. Layout: format.h.
+// them). `part` selects a register's width of every 64-byte line. Layout: format.h. Eight bits are unpacked levels, one quad per line.
 #ifndef KVFOLD_PLANES_H
 #define KVFOLD_PLANES_H
 

@@ -164,7 +164,8 @@ struct SimdAvx2 {
   static void dot(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
                   std::int32_t* out) {
     constexpr int kRows = Rows < Dot::kRows ? Rows : Dot::kRows;
-    for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
+    if constexpr (Bits != kLevelBits)
+      for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
     for (int first = 0; first < Rows; first += kRows)
       for (int half = 0; half < 2; ++half)
         half_line<Bits, Quads, kRows>(src, half, operand + 8 * first, sum + first, table, out + first * kLanes + 8 * half);
@@ -178,7 +179,7 @@ struct SimdAvx2 {
     typename Dot::Sum sums[Rows];
     for (int r = 0; r < Rows; ++r) sums[r] = Dot::zero();
     walk<SimdAvx2, Bits, Quads>(src, half, [&](int quad, Codes codes) {
-      const auto level = Dot::split(lookup(codes, levels));
+      const auto level = Dot::split(Bits == kLevelBits ? codes : lookup(codes, levels));
       const std::uint8_t* x = operand + quad * kTileRows * 8;
       for (int r = 0; r < Rows; ++r) Dot::step(sums[r], level, x + 8 * r);
     });

@@ -140,9 +140,10 @@ struct SimdAvx512 {
     const Codes levels = _mm512_load_si512(table);
     Int high[Rows], low[Rows];
     for (int r = 0; r < Rows; ++r) high[r] = low[r] = _mm512_setzero_si512();
-    for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
+    if constexpr (Bits != kLevelBits)
+      for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
     walk<SimdAvx512, Bits, Quads>(src, 0, [&](int quad, Codes codes) {
-      const Codes level = lookup(codes, levels);
+      const Codes level = Bits == kLevelBits ? codes : lookup(codes, levels);
       const std::uint8_t* x = operand + quad * kTileRows * 8;
       for (int r = 0; r < Rows; ++r) {
         high[r] = _mm512_dpbusd_epi32(high[r], level, broadcast(x + 8 * r));

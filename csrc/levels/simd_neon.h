@@ -117,7 +117,8 @@ struct SimdNeon {
   static void dot(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t*, const std::uint8_t* table,
                   std::int32_t* out) {
     constexpr int kRows = Rows < 4 ? Rows : 4;  // a pass: 16 accumulators for two quarters of the lines
-    for (int line = 0; line < Quads * Bits / 8; ++line) prefetch(src + 64 * line + kPrefetchBytes);
+    if constexpr (Bits != kLevelBits)
+      for (int line = 0; line < Quads * Bits / 8; ++line) prefetch(src + 64 * line + kPrefetchBytes);
     for (int first = 0; first < Rows; first += kRows)
       for (int quarter = 0; quarter < 4; ++quarter)
         quarter_line<Bits, Quads, kRows>(src, quarter, operand + 8 * first, table, out + first * kLanes + 4 * quarter);
@@ -131,7 +132,8 @@ struct SimdNeon {
     Int high[Rows], low[Rows];
     for (int r = 0; r < Rows; ++r) high[r] = low[r] = vdupq_n_s32(0);
     walk<SimdNeon, Bits, Quads>(src, quarter, [&](int quad, Codes codes) {
-      const int8x16_t level = vqtbl1q_s8(levels, vandq_u8(codes, vdupq_n_u8(15)));
+      const int8x16_t level =
+          Bits == kLevelBits ? vreinterpretq_s8_u8(codes) : vqtbl1q_s8(levels, vandq_u8(codes, vdupq_n_u8(15)));
       const std::uint8_t* x = operand + quad * kTileRows * 8;
       for (int r = 0; r < Rows; ++r) {
         const int8x8_t bytes = vreinterpret_s8_u8(vld1_u8(x + 8 * r));

@@ -121,7 +121,8 @@ struct SimdScalar {
           std::int16_t x[4];
           std::memcpy(x, operand + (quad * kTileRows + r) * 8, 8);
           for (int i = 0; i < 16; ++i)
-            out[r * kLanes + 4 * part + i / 4] += static_cast<std::int8_t>(table[codes.v[i] & 15]) * x[i % 4];
+            out[r * kLanes + 4 * part + i / 4] +=
+                static_cast<std::int8_t>(Bits == kLevelBits ? codes.v[i] : table[codes.v[i] & 15]) * x[i % 4];
         }
       });
   }

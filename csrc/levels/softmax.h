@@ -38,10 +38,9 @@ inline void mask_block(ScoreBlock& block, const PagesTask& task, std::int64_t fi
 }
 
 template <class Simd>
-void load_value_scales(ScoreBlock& block, const std::uint8_t* halves, int which) {
+void load_scales(const std::uint8_t* halves, float* out) {
   const auto* source = reinterpret_cast<const std::uint16_t*>(halves);
-  for (int t = 0; t < kPageTokens; t += Simd::kWidth)
-    Simd::store(block.value_scales + which * kPageTokens + t, Simd::load_half(source + t));
+  for (int t = 0; t < kPageTokens; t += Simd::kWidth) Simd::store(out + t, Simd::load_half(source + t));
 }
 
 // Raises the running peak of row r to `peak`, which is larger.

@@ -57,7 +57,8 @@ const char* find_avx512_vnni_reason() {
   const Leaf leaf = cpuid(7, 0);
   if (!bit(leaf.ebx, 16) || !bit(leaf.ebx, 17) || !bit(leaf.ebx, 30) || !bit(leaf.ebx, 31))
     return "the processor has no AVX-512 F, DQ, BW and VL";
-  if (!bit(leaf.ecx, 1) || !bit(leaf.ecx, 11)) return "the processor has no AVX-512 VBMI and VNNI";
+  if (!bit(leaf.ecx, 1) || !bit(leaf.ecx, 6) || !bit(leaf.ecx, 8) || !bit(leaf.ecx, 11))
+    return "the processor has no AVX-512 VBMI, VBMI2, GFNI and VNNI";
   return os_saves(0xE6) ? find_avx2_reason() : "the operating system does not save AVX-512 registers";
 }
 

@@ -185,6 +185,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         (SideSpec("mse", 4, rotation="dense"), SideSpec("mse", 3, rotation="dense")),
         (SideSpec("split", 2.5, "norm", "dense"), SideSpec("split", 3.5, "norm", "dense")),
         (SideSpec("prod", 3), SideSpec("mse", 3)),
+        (SideSpec("trellis", 2.5), SideSpec("trellis", 2)),
         (SideSpec("polar", 3.875), SideSpec("polar", 3.875)),
     ],
     ids=lambda s: f"{s.codec}{s.bits:g}",

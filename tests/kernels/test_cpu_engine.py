@@ -27,6 +27,11 @@ SIDES = {
     "2-bit": (SideSpec("uniform", 2, "unbiased"), SideSpec("mse", 2, "match")),
     "mixed": (SideSpec("mse", 4, "norm"), SideSpec("uniform", 2, "least-squares")),
     "mixed-odd": (SideSpec("mse", 3, "match"), SideSpec("mse", 2, "norm")),
+    "trellis-2-1": (SideSpec("trellis", 2, "unbiased"), SideSpec("trellis", 1, "norm")),
+    "trellis-2.5-1.5": (SideSpec("trellis", 2.5, "unbiased"), SideSpec("trellis", 1.5, "unbiased")),
+    "trellis-3-3.5": (SideSpec("trellis", 3, "least-squares"), SideSpec("trellis", 3.5, "match")),
+    "trellis-3.5-mse": (SideSpec("trellis", 3.5, "unbiased"), SideSpec("mse", 3, "unbiased")),
+    "mse-trellis-2.5": (SideSpec("mse", 4, "unbiased"), SideSpec("trellis", 2.5, "unbiased")),
 }
 
 
@@ -111,14 +116,16 @@ def test_decode_matches_float64(level: str, sides: str, group: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_head_dims_and_dtypes(level: str, dim: int, dtype: torch.dtype) -> None:
-    attends(level, "3-bit", dim, 2, 4, 3, 3 * 128, 130, dtype)
+@pytest.mark.parametrize("sides", ["3-bit", "trellis-2.5-1.5"])
+def test_head_dims_and_dtypes(level: str, sides: str, dim: int, dtype: torch.dtype) -> None:
+    attends(level, sides, dim, 2, 4, 3, 3 * 128, 130, dtype)
 
 
 @pytest.mark.parametrize("new", [2, 17, 100])
 @pytest.mark.parametrize("folded_tokens", [0, 128, 300, 4 * 128])
-def test_prefill_is_causal_and_masks_stale_tokens(level: str, new: int, folded_tokens: int) -> None:
-    attends(level, "2-bit", 64, 2, 3, new, folded_tokens, 5, torch.float32)
+@pytest.mark.parametrize("sides", ["2-bit", "trellis-3-3.5"])
+def test_prefill_is_causal_and_masks_stale_tokens(level: str, sides: str, new: int, folded_tokens: int) -> None:
+    attends(level, sides, 64, 2, 3, new, folded_tokens, 5, torch.float32)
 
 
 def attends(

@@ -181,7 +181,7 @@ def test_a_cache_round_trip(bits: float) -> None:
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.125, enable_gqa=True)
     error = float((out - exact).norm() / exact.norm())
     assert error < {1: 1.1, 1.5: 0.6, 2: 0.45, 2.5: 0.32, 3: 0.22, 3.5: 0.16, 4: 0.12}[bits]
-    assert cache.report()["backend"] == "torch"
+    assert cache.report()["backend"] == ("torch" if bits == 4 or library.missing() else "cpu")
     # A byte per vector, a unit per page; for keys alone two means of 66 bytes.
     assert cache.report()["bits_per_value"] == bits + (8 + 16 / 128 + 66 / 128 * 8) / 64
 

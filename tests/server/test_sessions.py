@@ -94,7 +94,7 @@ def test_named_sessions_list_save_restore_fork_delete(kept: Running, tmp_path: P
     assert (row["name"], row["tokens"], row["in_memory"], row["on_disk"]) == ("book", 907, True, False)
     assert row["bytes"] > 0
     assert row["ratio"] == pytest.approx(row["reference_bytes"] / row["bytes"])
-    assert row["reference_bytes"] == 907 * kept.model.runner.token_reference_bytes
+    assert row["reference_bytes"] == 907 * sum(kept.model.runner.layer_reference_bytes)
     assert httpx.post(url + "/book/save").json()["on_disk"]
     assert (tmp_path / "book").is_dir()
     assert httpx.post(url + "/book/fork", json={"name": "copy"}).status_code == 201

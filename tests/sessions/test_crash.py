@@ -37,6 +37,7 @@ def in_child(work: Callable[[], None]) -> int:
             code = 0
         except BaseException:
             traceback.print_exc()  # os._exit would hide it
+            raise
         finally:
             os._exit(code)
     return pid

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("op", choices=OPS)
     for name, parameter in inspect.signature(run).parameters.items():
         if name not in ("op", "against"):
-            kind = int if isinstance(parameter.default, int) else str
+            kind = float if name.endswith("_bits") else int if isinstance(parameter.default, int) else str
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=parameter.default)
     parser.add_argument("--against", help="names separated by commas")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")

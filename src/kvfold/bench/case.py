@@ -17,8 +17,8 @@ class Case:
     query_heads: int
     kv_heads: int
     head_dim: int
-    key_bits: int
-    value_bits: int
+    key_bits: float
+    value_bits: float
     codec: str
     batch: int
     threads: int

@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 
 import kvfold
-from kvfold.server import completions, errors, health, sessions
+from kvfold.server import completions, errors, health, page, sessions
 from kvfold.server.guard import Guard, Rules
 from kvfold.server.service import Service
 
@@ -37,7 +37,7 @@ def create_app(service: Service, rules: Rules) -> FastAPI:
     app = FastAPI(title="kvfold", version=kvfold.__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     errors.install(app)
-    for module in (completions, sessions, health):
+    for module in (completions, sessions, health, page):
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     if rules.origins:

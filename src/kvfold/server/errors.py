@@ -24,6 +24,7 @@ STATUS: dict[type[errors.KvfoldError], tuple[int, str]] = {
     errors.Overloaded: (429, "rate_limit_exceeded"),
     errors.Draining: (503, "shutting_down"),
     errors.RequestCancelled: (503, "cancelled"),
+    errors.EvaluationError: (400, "invalid_value"),
     errors.OutOfMemory: (503, "out_of_memory"),
     errors.OverBudget: (503, "out_of_memory"),
     errors.SessionNotFound: (404, "session_not_found"),

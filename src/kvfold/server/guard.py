@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvfold.server.errors import ApiError, response
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# Open without a key: a supervisor has none.
-OPEN_PATHS = ("/health", "/ready")
+# Open without a key: a supervisor has none, and the page asks for it.
+OPEN_PATHS = ("/", "/health", "/ready")
+OPEN_FOLDER = "/page/"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -83,7 +84,7 @@ class Guard:
             raise ApiError(
                 403, "unknown_origin", "pages of other sites may not call this server; allow them with --allow-origin"
             )
-        if path in OPEN_PATHS or method == "OPTIONS":
+        if path in OPEN_PATHS or path.startswith(OPEN_FOLDER) or method == "OPTIONS":
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if rules.key is not None and not (

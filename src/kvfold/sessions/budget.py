@@ -66,6 +66,16 @@ class Budget:
                 "checkpoints": sum(c.unshared_bytes for c in checkpoints.values()),
             }
 
+    @property
+    def reference_bytes(self) -> int:
+        """What 16 bits per key and value would take for the tokens of `nbytes`: pages once, however many share them,
+        and of each session in memory those not yet in them."""
+        per_layer = self._runner.layer_reference_bytes
+        with self._lock:
+            pages = sum(p.pages_used * b for p, b in zip(self._pools, per_layer, strict=True))
+            rest = sum(len(s.tokens) - _pages_of(s) * PAGE_TOKENS for s in self._sessions())
+        return pages * PAGE_TOKENS + rest * sum(per_layer)
+
     @contextmanager
     def room(self, pages: int = 0, sessions: int = 0, checkpoints: int = 0) -> Iterator[None]:
         """Hold room for so many pages in every folded layer, and what so many sessions and checkpoints have besides, while
@@ -107,6 +117,11 @@ class BudgetedRunner(Runner):
             return
         with self.budget.room(pages, checkpoints=checkpoints):
             yield
+
+
+def _pages_of(session: Session) -> int:
+    layers = session.cache.folded_layers
+    return -(-layers[0].folded.sequences[0].folded // PAGE_TOKENS) if layers else 0
 
 
 def _new_pages(session: Session, tokens: int) -> int:

@@ -87,8 +87,9 @@ class Runner:
 
     def _measure(self) -> None:
         """session_bytes, checkpoint_bytes: the most that a session, or a checkpoint, has besides pages and their table.
-        token_reference_bytes: what 16 bits per key and value of one token take."""
-        self.token_reference_bytes = self._first.reference_bytes // self._first.get_seq_length()
+        layer_reference_bytes: what 16 bits per key and value of one token take in each folded layer."""
+        shapes = [x.folded.sequences[0] for x in self._first.folded_layers]
+        self.layer_reference_bytes = [2 * s.ring_k.shape[0] * (s.ring_k.shape[2] + s.ring_v.shape[2]) for s in shapes]
         exact = sum(x.folded.exact_bytes for x in self._first.folded_layers)
         states = self._first.unshared_bytes - exact + sum(map(self._window_bytes, self._first.layers))
         self.session_bytes = exact + states

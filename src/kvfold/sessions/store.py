@@ -84,7 +84,7 @@ class SessionStore:
     def sessions(self) -> list[dict[str, Any]]:
         """One row per session: name, tokens, bytes in memory (shared pages counted in each; of one on the disk, its files)
         and of the same tokens at 16 bits, whether it is in memory, in use, on the disk."""
-        per_token = self.runner.token_reference_bytes
+        per_token = sum(self.runner.layer_reference_bytes)
         with self._lock:
             rows = [{**e.row(), "on_disk": self._saved(e.name)} for e in self._entries.values()]
         return [{**r, "reference_bytes": r["tokens"] * per_token} for r in rows]
@@ -94,11 +94,10 @@ class SessionStore:
         with self._lock:
             entries = list(self._entries.values())
             kinds = self._budget.kinds()
-        in_memory = sum(r["reference_bytes"] for r in self.sessions() if r["in_memory"])
         return {
             "memory_bytes": sum(kinds.values()),
             "memory_bytes_by_kind": kinds,
-            "memory_reference_bytes": in_memory,
+            "memory_reference_bytes": self._budget.reference_bytes,
             "memory_limit_bytes": self._budget.limit,
             "page_bytes": kinds["pages"],
             "sessions": len(entries),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold.codebook import table
 from kvfold.config import PAGE_TOKENS, CacheSpec, SideSpec
-from kvfold.engine.cpu import library
+from kvfold.engine.cpu import library, trellis
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
 from kvfold.errors import NoImplementation, NonFiniteInput
@@ -19,7 +19,7 @@ from kvfold.packing.layout import PageLayout
 from kvfold.rotation.reference import signs, stream
 
 HEAD_DIMS = (64, 128, 256)
-CODECS = {"mse": (2, 3, 4), "uniform": (2,)}
+CODECS: dict[str, tuple[float, ...]] = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5)}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROW_ALIGN = 16  # bytes; 64 would cost a 3-bit page of two heads .004 bit per value
 
@@ -44,8 +44,11 @@ def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torc
 
 
 def _side(spec: SideSpec, dim: int) -> library.Side:
-    book = table(spec.codec, int(spec.bits), dim)
     side = library.Side()
+    if spec.codec == "trellis":
+        side.trellis = ctypes.pointer(trellis.reader(spec.bits))
+        return side
+    book = table(spec.codec, int(spec.bits), dim)
     side.bits, side.searches, side.step = int(spec.bits), spec.search, float(book.step)
     side.scale_rule = library.SCALE_RULES.index(spec.scale)
     side.levels[: len(book.levels)] = [int(v) for v in book.levels]
@@ -123,6 +126,13 @@ class CpuEngine:
 
         Raises NonFiniteInput if a vector holds NaN or infinity or its scale exceeds float16; `out` is then undefined.
         """
+        if "trellis" in (self.spec.key.codec, self.spec.value.codec):
+            # The search is native and takes nearly all of the time.
+            rows_of_files = torch.empty(len(out), self.layout.page_bytes, dtype=torch.uint8)
+            self.canonical.fold(keys, values, first, list(rows_of_files), state)
+            for row, canonical in zip(out, rows_of_files, strict=True):
+                row.copy_(self.from_canonical(canonical))
+            return
         keys, values = _dense(keys), _dense(values.to(keys.dtype))
         rows = (ctypes.c_uint64 * len(out))(*(row.data_ptr() for row in out))
         status = library.call("kvf_fold")(

@@ -7,16 +7,27 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_int64, c_uint8, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvfold.errors import InvalidConfig, NoImplementation
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LEVEL_VARIABLE = "KVFOLD_CPU_LEVEL"
 OK, UNSUPPORTED, NON_FINITE, NO_LEVEL, NO_MEMORY = range(5)
 SCALE_RULES = ("norm", "unbiased", "least-squares", "match")
+
+
+class TrellisReader(Structure):
+    _fields_ = (
+        ("widths", c_int32 * 2),
+        ("affine_low", c_uint64 * 2),
+        ("affine_high", c_uint64 * 2),
+        ("levels", c_int8 * 64),
+        ("starts", c_uint8 * 4),
+        ("pairs", c_void_p),
+    )
 
 
 class Side(Structure):
@@ -27,6 +38,7 @@ class Side(Structure):
         ("step", c_float),
         ("thresholds", c_float * 15),
         ("levels", c_int8 * 16),
+        ("trellis", POINTER(TrellisReader)),
     )
 
 

@@ -1,14 +1,16 @@
-"""The trellis search of the native library. Mirrors csrc/kvfold_trellis.h."""
+"""Trellis codes in the native library: the search, which mirrors csrc/kvfold_trellis.h, and what attention reads them with."""
 
 from __future__ import annotations
 
 import functools
 from ctypes import POINTER, Structure, c_int16, c_int32, c_int64, c_uint64, c_void_p
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kvfold.codebook.trellis import Code
+from kvfold.codebook.trellis import STATE_BITS, Code, code
 from kvfold.engine.cpu import library
 from kvfold.errors import NoImplementation
 
@@ -69,3 +71,43 @@ def viterbi(x: Tensor, book: Code, level: str | None = None) -> tuple[Tensor, Te
     if status != library.OK:
         raise NoImplementation.of("the trellis search", [("cpu", [f"the native library answered {status}"])])
     return symbols, starts
+
+
+def _reversed(value: int, bits: int) -> int:
+    return int(f"{value:0{bits}b}"[::-1], 2)
+
+
+def _affine(masks: tuple[int, ...], window_bits: int, first: int) -> int:
+    """The matrix that maps eight bits of a stream window, from bit `first` on, to their share of the index, as gf2p8affineqb
+    takes it: byte 7 - i selects what output bit i is the parity of. A stream's bit 0 is the oldest, a mask's highest."""
+    out = 0
+    for i, mask in enumerate(reversed(masks)):
+        out |= (_reversed(mask, window_bits) >> first & 0xFF) << (8 * (7 - i))
+    return out
+
+
+@functools.cache
+def _pairs(bits: float) -> NDArray[np.int8]:
+    """Levels of two steps, [2^(6 + both widths), 2], by the stream's bits from the first window's oldest on."""
+    book = code(bits)
+    early, late = book.widths[0], book.widths[-1]
+    length = STATE_BITS + early + late
+    register = np.array([_reversed(w, length) for w in range(1 << length)])
+    first, second = book.by_window[0], book.by_window[-1]
+    return np.stack([first[register >> late], second[register & (len(second) - 1)]], axis=-1).astype(np.int8)
+
+
+@functools.cache
+def reader(bits: float) -> library.TrellisReader:
+    """What the native library reads a code with. Kept, since the library borrows it."""
+    book = code(bits)
+    out = library.TrellisReader()
+    for phase in range(2):
+        width, masks = book.widths[phase % book.period], book.masks[phase % book.period]
+        out.widths[phase] = width
+        out.affine_low[phase] = _affine(masks, STATE_BITS + width, 0)
+        out.affine_high[phase] = _affine(masks, STATE_BITS + width, 8)
+    out.levels[: len(book.levels)] = book.levels
+    out.starts[:] = [_reversed(s, STATE_BITS) for s in book.starts]
+    out.pairs = _pairs(bits).ctypes.data
+    return out

@@ -40,6 +40,9 @@ def nvrtc() -> ctypes.CDLL:
         if "alt" in name:
             continue
         try:
+            # Some builds open this one by name alone and do not look beside themselves; loaded before, it is found.
+            for part in glob.glob(os.path.join(os.path.dirname(name), "libnvrtc-builtins.so.*")):
+                ctypes.CDLL(part)
             return ctypes.CDLL(name)
         except OSError:
             continue

@@ -1,0 +1,58 @@
+// Levels of one head's side of a page in trellis codes, unpacked to bytes in the order that dot products read:
+//   keys:   [group of 16 tokens][quad of coordinates][16 tokens][4 coordinates]
+//   values: [group of 16 coordinates][quad of tokens][16 coordinates][4 tokens]
+// Coordinates come in the order of place_in_trellis. `bias` is added to every level.
+//
+// This is the reading by tables, which any processor can do: about as many instructions as values. trellis_avx512.h has the other.
+#ifndef KVFOLD_LEVELS_TRELLIS_H
+#define KVFOLD_LEVELS_TRELLIS_H
+
+#include <cstdint>
+#include <cstring>
+
+#include "../half.h"
+#include "../streams.h"
+#include "level.h"
+
+namespace kvfold {
+namespace {
+
+template <class Simd>
+struct TrellisReader {
+  TrellisReader(const kvf_trellis_reader& c, int d, int b) : code(c), dim(d), bias(b) {}
+
+  void keys(const std::uint8_t* codes, const std::uint8_t* headers, std::uint8_t* out) const {
+    for (int t = 0; t < kPageTokens; ++t) {
+      std::uint8_t* lane = out + t / kLanes * kLanes * dim + t % kLanes * 4;
+      read_levels(codes, dim, code, t, headers[t], [&](int j, std::int8_t level) {
+        const int at = place_in_trellis(j);
+        lane[at / 4 * 64 + at % 4] = static_cast<std::uint8_t>(level + bias);
+      });
+    }
+  }
+
+  void values(const std::uint8_t* codes, const std::uint8_t* headers, std::uint8_t* out) const {
+    for (int t = 0; t < kPageTokens; ++t) {
+      std::uint8_t* quad = out + t / 4 * 64 + t % 4;
+      read_levels(codes, dim, code, t, headers[t], [&](int j, std::int8_t level) {
+        const int at = place_in_trellis(j);
+        quad[at / kLanes * kTokenQuads * 64 + at % kLanes * 4] = static_cast<std::uint8_t>(level + bias);
+      });
+    }
+  }
+
+  const kvf_trellis_reader& code;
+  const int dim, bias;
+};
+
+// Scales of a page's tokens, float [128].
+inline void trellis_scales(const std::uint8_t* headers, const std::uint8_t* unit_bytes, float* out) {
+  std::uint16_t half;
+  std::memcpy(&half, unit_bytes, sizeof half);
+  const float unit = half_to_float(half);
+  for (int t = 0; t < kPageTokens; ++t) out[t] = unit * static_cast<float>(headers[t] & kScaleCode);
+}
+
+}  // namespace
+}  // namespace kvfold
+#endif
