@@ -1,8 +1,8 @@
 """Fold an LLM's KV cache to a fifth of its size and decode from the packed pages.
 
 Stages, in the order a key vector meets them: rotation, codebook, codec, packing, engine, cache; above them profiles,
-adapters, loading, evaluation, sessions and the command line. Importing this package loads NumPy and the standard library
-only; `FoldedCache`, `Session`, `attach` and `detach` load torch and transformers when first used.
+adapters, loading, evaluation, sessions, serving and the command line. Importing this package loads NumPy and the standard
+library only; `load`, `FoldedCache`, `Session`, `attach` and `detach` load torch and transformers when first used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kvfold.errors import KvfoldError, MissingExtra
 
 if TYPE_CHECKING:
     from kvfold.adapters.hf_transformers import FoldedCache, attach, detach, register
+    from kvfold.serving.model import load
     from kvfold.sessions.session import Session
     from kvfold.sessions.store import SessionStore
 
@@ -29,12 +30,14 @@ __all__ = [
     "__version__",
     "attach",
     "detach",
+    "load",
     "register",
 ]
 
 _ADAPTER = "kvfold.adapters.hf_transformers"
 _LAZY = dict.fromkeys(("FoldedCache", "attach", "detach", "register"), _ADAPTER)
 _LAZY |= {"Session": "kvfold.sessions.session", "SessionStore": "kvfold.sessions.store"}
+_LAZY |= {"load": "kvfold.serving.model"}
 
 
 def __getattr__(name: str) -> Any:

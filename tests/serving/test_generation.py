@@ -10,6 +10,7 @@ import torch
 from kvfold.errors import InvalidConfig
 from kvfold.serving.generation import Generation
 from kvfold.serving.logits import logprob, process, processors
+from kvfold.sessions.sampler import Sampler
 
 
 @pytest.mark.parametrize(
@@ -92,3 +93,10 @@ def test_logprobs_are_the_models_own() -> None:
     assert [p for _, p in got.top] == sorted((p for _, p in got.top), reverse=True)
     assert len(logprob(logits(), 0, 20).top) == VOCAB
     assert logprob(logits(), 0, 0).top == []
+
+
+def test_extreme_temperatures_and_logits_give_a_token() -> None:
+    logits = torch.tensor([1.0, 3.0, -torch.inf, 2.0])
+    assert [Sampler(t, top_p=0.5).pick(logits) for t in (5e-324, 1e-30)] == [1, 1]
+    assert Sampler(1e300).pick(logits) != 2
+    assert Sampler(1.0).pick(torch.tensor([0.0, torch.inf, torch.nan])) == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from kvfold.cli import bench, evaluate, generate, inspect, plan, serve, sessions
+from kvfold.cli import bench, chat, evaluate, generate, inspect, plan, serve, sessions
 from kvfold.errors import KvfoldError, MissingExtra
 
 app = typer.Typer(
@@ -19,14 +19,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (evaluate, generate, inspect, plan, serve, sessions, bench):
+for module in (evaluate, generate, chat, inspect, plan, serve, sessions, bench):
     module.add_to(app)
 
 # The base of all usage errors. Newer typers bring their own copy of click, so it is reached through a class they export.
 UsageErrors: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 # Optional packages that a verb may import, and the extra that brings each.
 EXTRA_OF = dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "xxhash"), "transformers")
-EXTRA_OF |= {"matplotlib": "plot"}
+EXTRA_OF |= {"matplotlib": "plot", "prompt_toolkit": "chat"}
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 

@@ -1,4 +1,4 @@
-"""The verb that serves a model."""
+"""The verb that serves a model, and the one that measures it."""
 
 from __future__ import annotations
 
@@ -84,5 +84,26 @@ def _name(source: str) -> str:
     return path.stem if path.suffix == ".gguf" else path.name if path.exists() else source
 
 
+def load_test(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")] = "demo",
+    profile: common.ProfileName = "balanced",
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long the clients go on.")] = 10.0,
+    clients: Annotated[int, typer.Option(min=1)] = 16,
+    document: Annotated[str, typer.Option(help="Tokens of the document that is asked about, such as 32k.")] = "32k",
+    memory: Annotated[str, typer.Option(help="What the server's caches may take.")] = "256MiB",
+    json: common.Json = False,
+) -> None:
+    """Measure a server of its own: many streams at once, eight sessions batched, one document asked about ten times."""
+    from kvfold.server.measure import run
+
+    tokens = common.numbers([document], "--document", whole=True)[0]
+    result = run(model, profile, minutes, clients, tokens, memory)
+    if json:
+        common.show_json(result)
+    else:
+        common.show_fields(result, f"{clients} clients, {minutes:g} minutes")
+
+
 def add_to(app: typer.Typer) -> None:
     app.command()(serve)
+    app.command()(load_test)

@@ -13,6 +13,12 @@ from kvfold.server.service import Service, send, service_of
 
 router = APIRouter(tags=["OpenAI"])
 
+# One server-sent event; its data is a chunk of OpenAI's, or [DONE].
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"const": "message"}},
+}
 # An answer comes whole or as events, by the body's `stream`.
 ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
@@ -25,7 +31,7 @@ ANSWER: dict[int | str, dict[str, Any]] = {
                     "properties": {"choices": {"type": "array", "minItems": 1, "maxItems": 1}},
                 }
             },
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": {"schema": EVENT},
         },
     }
 }

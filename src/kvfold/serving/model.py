@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -18,6 +19,7 @@ from kvfold.serving.prompts import Message, chat_tokens, text_tokens
 from kvfold.serving.scheduler import Limits, Meter, Scheduler
 from kvfold.serving.shelf import Keep, Place, Shelf
 from kvfold.serving.streams import Answer, AsyncStream, LoopChannel, Stream, ThreadChannel
+from kvfold.serving.talk import Conversation
 
 History = str | Sequence[Message]
 
@@ -118,6 +120,10 @@ class Model:
         out = self.astream(tokens, Generation(**generation))
         return out if stream else await out.read()
 
+    def session(self, name: str, system: str | None = None) -> Conversation:
+        """A conversation that is kept under this name: the one there is, or a new one, which `system` begins."""
+        return Conversation(self, name, system)
+
     def close(self, grace_seconds: float = 0.0) -> None:
         """Take no more requests, give those there are so much time, stop, and write sessions to the disk, if there is one."""
         self.scheduler.close(grace_seconds)
@@ -139,6 +145,18 @@ def _ends(loaded: Loaded) -> frozenset[int]:
     return frozenset(i for i in found if i is not None)
 
 
-def open_model(source: str, profile: str = "balanced", options: Options | None = None, **how: Any) -> Model:
-    """Load a model to talk to: a folder, a hub id, a GGUF file, or `demo`. how: arguments of Model."""
-    return Model(load_model(source, options), profile, **how)
+def load(
+    source: str,
+    profile: str = "balanced",
+    *,
+    memory: int | str = "4GiB",
+    disk: Path | str | None = None,
+    options: Options | None = None,
+    **how: Any,
+) -> Model:
+    """Load a model to talk to: a folder, a hub id, a GGUF file, or `demo`.
+
+    memory: what the caches of all its sessions may take. disk: folder that they are saved to. options: how it is loaded.
+    how: arguments of Model. Raises ModelError subclasses.
+    """
+    return Model(load_model(source, options), profile, keep=Keep(memory, disk), **how)

@@ -162,12 +162,12 @@ class Scheduler:
             self._waiting = deque(j for j in self._waiting if not j.cancelled)
             free = self.limits.max_rows - len(self._reading) - len(self._answering)
             new = [self._waiting.popleft() for _ in range(min(len(self._waiting), free))]
+        for job in gone:
+            self._finish(job, Piece(finish="cancelled"))
         if calls:
             self._part()
         for work, future in calls:
             _work(work, future)
-        for job in gone:
-            self._finish(job, Piece(finish="cancelled"))
         for job in new:
             self._guarded(self._admit, job)
         if self._reading:

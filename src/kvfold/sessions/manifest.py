@@ -93,7 +93,7 @@ class Manifest:
             raise DamagedSession.at(f"{folder / NAME} does not agree with its checksum", 0)
         try:
             return cls._parse(json.loads(line))
-        except (KeyError, TypeError, ValueError, RecursionError, InvalidConfig) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, InvalidConfig) as error:
             raise DamagedSession.at(f"{folder / NAME} is not a manifest ({error})", 0) from error
 
     @classmethod
@@ -118,6 +118,10 @@ class Manifest:
 
     def _check(self) -> None:
         """Raise ValueError unless files have names of ours and pages follow one another up to what the states need."""
+        kinds = {"model": dict, "sampler": dict, "notes": dict, "profile": str, "writer": str}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} is not a {kind.__name__}")
         states, at = [*self.checkpoints, self.state], 0
         counts = [
             n for x in (*self.segments, *states, *self.layers) for n in vars(x).values() if not isinstance(n, str)

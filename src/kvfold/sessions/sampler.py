@@ -39,7 +39,9 @@ class Sampler:
         """The next token for logits [V] of any dtype and device; computed in float64 on the CPU."""
         if self.temperature == 0:
             return int(logits.argmax())
-        scores, order = torch.sort(logits.detach().double().cpu() / self.temperature, descending=True, stable=True)
+        # Penalties can take logits to infinity; relative to the largest they can be divided by any temperature.
+        finite = logits.detach().double().cpu().nan_to_num(nan=-torch.inf, posinf=1e300, neginf=-torch.inf)
+        scores, order = torch.sort((finite - finite.max()) / self.temperature, descending=True, stable=True)
         if self.top_k:
             scores = scores[: self.top_k]
         p = scores.softmax(-1)
