@@ -22,7 +22,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 @pytest.mark.parametrize("number", range(2))
 def test_clients(served: Running, number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(blocks("server.md", "python")[number].replace("http://127.0.0.1:8000", served.url), {})
+    exec(blocks("server.md", "python")[number].replace("http://localhost:8000", served.url), {})
     assert len(capsys.readouterr().out) > 10
 
 
@@ -30,7 +30,7 @@ def test_clients(served: Running, number: int, capsys: pytest.CaptureFixture[str
 def test_curl(served: Running) -> None:
     (command,) = (b for b in blocks("server.md", "sh") if b.startswith("curl"))
     done = subprocess.run(
-        command.replace("http://127.0.0.1:8000", served.url), shell=True, capture_output=True, text=True
+        command.replace("http://localhost:8000", served.url), shell=True, capture_output=True, text=True
     )
     assert done.stdout.endswith("data: [DONE]\n\n"), done.stderr
 
