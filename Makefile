@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-vllm check clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo
@@ -15,6 +15,13 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pip install --quiet -e '.[cross]' -c constraints.txt
 	$(BIN)/python -m pytest -q -n 2 -m slow $(PYTEST_ARGS)
+
+# Against a real vLLM, in an environment of its own (3.4 GB).
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest -q -n 2 --dist loadgroup tests/vllm $(PYTEST_ARGS)
+
+.venv-vllm/.ready: scripts/install-vllm scripts/vllm-constraints.txt
+	scripts/install-vllm
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests
@@ -31,4 +38,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -47,7 +47,8 @@ inline std::size_t pair_bits(const kvf_side& side) {
 }
 
 inline bool supported(const kvf_format& format) {
-  const bool dim = format.head_dim == 64 || format.head_dim == 128 || format.head_dim == 256;
+  const bool streams = format.key.trellis != nullptr || format.value.trellis != nullptr;  // of whole words per 64 coordinates
+  const bool dim = format.head_dim == 64 || (format.head_dim == 96 && !streams) || format.head_dim == 128 || format.head_dim == 256;
   return dim && format.kv_heads > 0 && format.sinks >= 0 && format.sinks <= kPageTokens && supported_side(format.key) &&
          supported_side(format.value);
 }

@@ -65,6 +65,7 @@ using Unpack = void (*)(const std::uint8_t* src, std::uint8_t* out, const std::u
 
 Unpack unpack_for(int bits, int quads) {
   if (quads == 16) return bits == 4 ? unpack<4, 16> : bits == 3 ? unpack<3, 16> : unpack<2, 16>;
+  if (quads == 24) return bits == 4 ? unpack<4, 24> : bits == 3 ? unpack<3, 24> : unpack<2, 24>;
   if (quads == 32) return bits == 4 ? unpack<4, 32> : bits == 3 ? unpack<3, 32> : unpack<2, 32>;
   return bits == 4 ? unpack<4, 64> : bits == 3 ? unpack<3, 64> : unpack<2, 64>;
 }
@@ -101,11 +102,13 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {};
 };
 
-// Which tile registers play which part. KeyTiles = D / 64 tiles of queries.
-template <int KeyTiles>
+// Which tile registers play which part. Queries take a tile per 64 coordinates; at 96 half of the second is zeros, so that the levels
+// beside it do not count.
+template <int Dim>
 struct Tiles {
-  static constexpr int kB = KeyTiles == 4 ? 4 : 2;
-  static constexpr int kC = KeyTiles == 4 ? 6 : 4;
+  static constexpr int kKeys = (Dim + 63) / 64;
+  static constexpr int kB = kKeys == 4 ? 4 : 2;
+  static constexpr int kC = Dim / kLanes % 4 == 0 && kKeys < 4 ? 4 : 6;
   static constexpr int kSums = 8 - kC;  // groups in flight
 
   static void configure(int rows) {
@@ -118,10 +121,9 @@ struct Tiles {
   }
 };
 
-template <int KeyTiles>
+template <int kDim>
 struct TilesKernel {
-  using T = Tiles<KeyTiles>;
-  static constexpr int kDim = 64 * KeyTiles;
+  using T = Tiles<kDim>;
   static constexpr int kValueGroups = kDim / kLanes;
   static constexpr int kSlotBytes = kLanes * (kDim > kPageTokens ? kDim : kPageTokens);
   static constexpr int kMaxSteps = kPages * (kTokenGroups + kValueGroups);
@@ -226,7 +228,7 @@ struct TilesKernel {
     const std::uint8_t* levels = group(step);
     advance(step_lines);
     zero_tile<T::kC + Sum>();
-    unroll<KeyTiles>([&](auto index) {
+    unroll<T::kKeys>([&](auto index) {
       constexpr int t = decltype(index)::value;
       load_tile<T::kB + t % 2>(levels + t * kTileBytes);
       multiply_tiles<T::kC + Sum, t, T::kB + t % 2>();
@@ -251,7 +253,7 @@ struct TilesKernel {
 
   void score(const QueryTile& tile) {
     barrier();
-    unroll<KeyTiles>([&](auto t) { load_tile<decltype(t)::value>(tile.operand + decltype(t)::value * kTileBytes); });
+    unroll<T::kKeys>([&](auto t) { load_tile<decltype(t)::value>(tile.operand + decltype(t)::value * kTileBytes); });
     for (int step = 0; step < now->key_steps; step += T::kSums)
       unroll<T::kSums>([&](auto index) {
         constexpr int i = decltype(index)::value;
@@ -351,9 +353,10 @@ struct TilesKernel {
 };
 
 void attend_tiles(const PagesTask& task) {
-  if (task.format->head_dim == 64) return TilesKernel<1>(task).run();
-  if (task.format->head_dim == 128) return TilesKernel<2>(task).run();
-  TilesKernel<4>(task).run();
+  if (task.format->head_dim == 64) return TilesKernel<64>(task).run();
+  if (task.format->head_dim == 96) return TilesKernel<96>(task).run();
+  if (task.format->head_dim == 128) return TilesKernel<128>(task).run();
+  TilesKernel<256>(task).run();
 }
 
 }  // namespace

@@ -1,11 +1,13 @@
-// Attention of query rows over exact tokens (ring, sinks, new tokens) in float32, sixteen tokens at a time.
+// Attention of query rows over exact tokens (ring, sinks, new tokens) in float32, 32 tokens at a time.
 //
 // Row r of tile i sees the first limits[8 i + r] tokens: that is how causality enters. Each block is converted once and used by every
-// row of every tile; softmax state is the same as for pages, in the unrotated basis.
+// row of every tile; softmax state is the same as for pages, in the unrotated basis. Few rows read keys token by token; for many rows
+// (prefill) a block's keys are turned once, so that a vector holds one coordinate of several tokens and no sum runs across lanes.
 #ifndef KVFOLD_EXACT_H
 #define KVFOLD_EXACT_H
 
 #include <cstdint>
+#include <cstring>
 
 #include "level.h"
 #include "softmax.h"
@@ -13,7 +15,7 @@
 namespace kvfold {
 namespace {
 
-constexpr int kExactTokens = 16;
+constexpr int kExactTokens = 32;
 
 template <class Simd>
 typename Simd::Float load_as(const void* data, std::int64_t index, int dtype) {
@@ -43,6 +45,26 @@ void exact_scores(const QueryTile& tile, int first, const float* keys, int token
   }
 }
 
+// [token][coordinate] -> [coordinate][token]; tokens beyond the block's end are copied too and masked later.
+inline void turn_block(const float* keys, int dim, float* turned) {
+  for (int j = 0; j < dim; ++j)
+    for (int t = 0; t < kExactTokens; ++t) turned[j * kExactTokens + t] = keys[t * kMaxDim + j];
+}
+
+// exact_scores over turned keys, always kExactTokens of them.
+template <class Simd, int Rows>
+void turned_scores(const QueryTile& tile, int first, const float* turned, int dim, float (*scores)[kExactTokens]) {
+  for (int t = 0; t < kExactTokens; t += Simd::kWidth) {
+    typename Simd::Float sums[Rows];
+    for (auto& sum : sums) sum = Simd::set(0.0f);
+    for (int j = 0; j < dim; ++j) {
+      const auto key = Simd::load(turned + j * kExactTokens + t);
+      for (int r = 0; r < Rows; ++r) sums[r] = Simd::fma(key, Simd::set(tile.query[first + r][j]), sums[r]);
+    }
+    for (int r = 0; r < Rows; ++r) Simd::store(scores[r] + t, sums[r]);
+  }
+}
+
 // Scores -> weights relative to the running peak of row r, which rises if it must.
 template <class Simd>
 void exact_weights(TileState& state, int r, float* scores, int dim) {
@@ -59,12 +81,19 @@ void exact_weights(TileState& state, int r, float* scores, int dim) {
   state.total[r] += Simd::reduce_add(total);
 }
 
-// Rows [first, first + Rows) of a tile over a block of converted tokens; row r sees seen[r] of them.
+// Converted tokens. `turned` is null for few rows.
+struct ExactBlock {
+  const float *keys, *values, *turned;
+};
+
+// Rows [first, first + Rows) of a tile over the first `tokens` of a block; row r sees seen[r] of them.
 template <class Simd, int Rows>
-void exact_rows(TileState& state, const QueryTile& tile, int first, const float* keys, const float* values, const int* seen, int tokens,
-                int dim) {
+void exact_rows(TileState& state, const QueryTile& tile, int first, const ExactBlock& block, const int* seen, int tokens, int dim) {
   alignas(64) float scores[Rows][kExactTokens];
-  exact_scores<Simd, Rows>(tile, first, keys, tokens, dim, scores);
+  if (block.turned != nullptr)
+    turned_scores<Simd, Rows>(tile, first, block.turned, dim, scores);
+  else
+    exact_scores<Simd, Rows>(tile, first, block.keys, tokens, dim, scores);
   for (int r = 0; r < Rows; ++r) {
     for (int t = seen[r]; t < kExactTokens; ++t) scores[r][t] = kMasked;
     exact_weights<Simd>(state, first + r, scores[r], dim);
@@ -73,7 +102,7 @@ void exact_rows(TileState& state, const QueryTile& tile, int first, const float*
     typename Simd::Float sums[Rows];
     for (int r = 0; r < Rows; ++r) sums[r] = Simd::load(state.output[first + r] + j);
     for (int t = 0; t < tokens; ++t) {
-      const auto value = Simd::load(values + t * kMaxDim + j);
+      const auto value = Simd::load(block.values + t * kMaxDim + j);
       for (int r = 0; r < Rows; ++r) sums[r] = Simd::fma(Simd::set(scores[r][t]), value, sums[r]);
     }
     for (int r = 0; r < Rows; ++r) Simd::store(state.output[first + r] + j, sums[r]);
@@ -82,7 +111,7 @@ void exact_rows(TileState& state, const QueryTile& tile, int first, const float*
 
 // All rows of a tile; `limits` are theirs, counted from the block's first token.
 template <class Simd>
-void exact_tile(const ExactTask& task, int index, std::int64_t first_token, int tokens, const float* keys, const float* values) {
+void exact_tile(const ExactTask& task, int index, std::int64_t first_token, int tokens, const ExactBlock& block) {
   const QueryTile& tile = task.tiles[index];
   int seen[kTileRows], most = 0;
   for (int r = 0; r < tile.rows; ++r) {
@@ -92,19 +121,25 @@ void exact_tile(const ExactTask& task, int index, std::int64_t first_token, int 
   }
   if (most == 0) return;
   int r = 0;
-  for (; r + 4 <= tile.rows; r += 4) exact_rows<Simd, 4>(task.states[index], tile, r, keys, values, seen + r, most, task.dim);
-  for (; r < tile.rows; ++r) exact_rows<Simd, 1>(task.states[index], tile, r, keys, values, seen + r, most, task.dim);
+  for (; r + 8 <= tile.rows; r += 8) exact_rows<Simd, 8>(task.states[index], tile, r, block, seen + r, most, task.dim);
+  for (; r + 4 <= tile.rows; r += 4) exact_rows<Simd, 4>(task.states[index], tile, r, block, seen + r, most, task.dim);
+  for (; r < tile.rows; ++r) exact_rows<Simd, 1>(task.states[index], tile, r, block, seen + r, most, task.dim);
 }
 
 template <class Simd>
 void attend_exact(const ExactTask& task) {
   alignas(64) float keys[kExactTokens * kMaxDim];
   alignas(64) float values[kExactTokens * kMaxDim];
+  alignas(64) float turned[kExactTokens * kMaxDim];
+  const bool turns = task.tile_count > 1;
+  if (turns) std::memset(keys, 0, sizeof keys);  // so that those beyond the first block's end are numbers
+  const ExactBlock block = {keys, values, turns ? turned : nullptr};
   for (std::int64_t first = 0; first < task.count; first += kExactTokens) {
     const int tokens = static_cast<int>(task.count - first < kExactTokens ? task.count - first : kExactTokens);
     convert_block<Simd>(task.keys, first, task.key_stride, tokens, task.dim, task.dtype, keys);
     convert_block<Simd>(task.values, first, task.value_stride, tokens, task.dim, task.dtype, values);
-    for (int i = 0; i < task.tile_count; ++i) exact_tile<Simd>(task, i, first, tokens, keys, values);
+    if (turns) turn_block(keys, task.dim, turned);
+    for (int i = 0; i < task.tile_count; ++i) exact_tile<Simd>(task, i, first, tokens, block);
   }
 }
 

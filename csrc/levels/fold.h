@@ -1,6 +1,6 @@
 // The canonical encoder: one KV head of one page, vectors -> codes, scales and mean keys, bit for bit the same on every level.
 //
-//   y = H (s * x), butterflies of distance 1, 2, 4, ...     ss = tree(y * y)     r = sqrt(ss / D)     u = y / r by one reciprocal
+//   y = H (s * x), butterflies of distance 1, 2, 4, ... (then O_3 across blocks of 32 if D = 96)     ss = tree(y * y)     r = sqrt(ss / D)     u = y / r by one reciprocal
 //   code = number of thresholds below f u, of the f in {1, .9, 1.1} with the largest <u, L>^2 / |L|^2; sums run along the halving tree (first half plus second half); no fused multiply-add.
 //
 // Codes go to a [128][D] buffer and from there, plane by plane, into the engine's order (format.h).
@@ -24,6 +24,7 @@ namespace {
 template <class Simd, int Dim>
 struct Vector {
   static constexpr int kParts = Dim / Simd::kWidth;
+  static constexpr int kBlock = (Dim & -Dim) / Simd::kWidth;  // parts of a power of two
   typename Simd::Float part[kParts];
 
   void hadamard() {
@@ -33,19 +34,33 @@ struct Vector {
       if constexpr (Simd::kWidth > 4) p = Simd::template butterfly<4>(p);
       if constexpr (Simd::kWidth > 8) p = Simd::template butterfly<8>(p);
     }
-    for (int half = 1; half < kParts; half *= 2)
+    for (int half = 1; half < kBlock; half *= 2)
       for (int i = 0; i < kParts; ++i)
         if ((i & half) == 0) {
           const auto a = part[i], b = part[i + half];
           part[i] = Simd::add(a, b);
           part[i + half] = Simd::sub(a, b);
         }
+    if constexpr (kParts == 3 * kBlock) hartley();
+  }
+
+  // The 3 x 3 Hartley matrix cas(2 pi i j / 3) across blocks, summed from block 0 upwards.
+  void hartley() {
+    const auto c = Simd::set(0.36602540378443865f), d = Simd::set(-1.3660254037844386f);
+    for (int i = 0; i < kBlock; ++i) {
+      const auto x = part[i], y = part[i + kBlock], z = part[i + 2 * kBlock];
+      part[i] = Simd::add(Simd::add(x, y), z);
+      part[i + kBlock] = Simd::add(Simd::add(x, Simd::mul(c, y)), Simd::mul(d, z));
+      part[i + 2 * kBlock] = Simd::add(Simd::add(x, Simd::mul(d, y)), Simd::mul(c, z));
+    }
   }
 
   float tree() const {
     Vector sum = *this;
-    for (int n = kParts / 2; n >= 1; n /= 2)
-      for (int i = 0; i < n; ++i) sum.part[i] = Simd::add(sum.part[i], sum.part[i + n]);
+    int n = 1;
+    while (2 * n < kParts) n *= 2;
+    for (int count = kParts; n >= 1; count = n, n /= 2)  // as if padded with zeros to a power of two
+      for (int i = 0; i + n < count; ++i) sum.part[i] = Simd::add(sum.part[i], sum.part[i + n]);
     return Simd::reduce_add(sum.part[0]);
   }
 };
@@ -199,6 +214,7 @@ bool fold_head(const FoldTask& task) {
 template <class Simd>
 bool fold(const FoldTask& task) {
   if (task.format->head_dim == 64) return fold_head<Simd, 64>(task);
+  if (task.format->head_dim == 96) return fold_head<Simd, 96>(task);
   if (task.format->head_dim == 128) return fold_head<Simd, 128>(task);
   return fold_head<Simd, 256>(task);
 }
@@ -214,6 +230,7 @@ void hadamard_of(float* data) {
 template <class Simd>
 void hadamard(float* data, int dim) {
   if (dim == 64) return hadamard_of<Simd, 64>(data);
+  if (dim == 96) return hadamard_of<Simd, 96>(data);
   if (dim == 128) return hadamard_of<Simd, 128>(data);
   hadamard_of<Simd, 256>(data);
 }

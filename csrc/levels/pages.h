@@ -38,6 +38,8 @@ template <class Simd, int Bits>
 Dot dot_for_quads(int quads, int rows) {
   if (quads == 16) return dot_for_rows<Simd, Bits, 16>(rows);
   if (quads == 32) return dot_for_rows<Simd, Bits, 32>(rows);
+  if constexpr (Bits != kLevelBits)
+    if (quads == 24) return dot_for_rows<Simd, Bits, 24>(rows);
   return dot_for_rows<Simd, Bits, 64>(rows);
 }
 

@@ -28,7 +28,7 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, *ARGUMENTS, *arguments])
         self.text, self.seen = "", 0
 
-    def expect(self, what: str, seconds: float = 40.0) -> str:
+    def expect(self, what: str, seconds: float = 120.0) -> str:
         """Text up to and with the first match after the last one."""
         end = time.monotonic() + seconds
         while (found := re.compile(what).search(self.text, self.seen)) is None:

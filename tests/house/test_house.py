@@ -34,6 +34,7 @@ STAGES = (
     ("diagnosis",),
     ("evaluation", "bench"),
     ("sessions",),
+    ("connectors",),
     ("serving",),
     ("server",),
     ("cli",),

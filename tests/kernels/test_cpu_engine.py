@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,14 @@ SIDES = {
     "trellis-3.5-mse": (SideSpec("trellis", 3.5, "unbiased"), SideSpec("mse", 3, "unbiased")),
     "mse-trellis-2.5": (SideSpec("mse", 4, "unbiased"), SideSpec("trellis", 2.5, "unbiased")),
 }
+
+
+DIMS = (64, 96, 128, 256)
+
+
+def with_dims(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Every pair that has a kernel: trellis streams fill whole words at multiples of 64."""
+    return [(name, dim) for name in names for dim in DIMS if dim % 64 == 0 or "trellis" not in name]
 
 
 @pytest.fixture(params=[v.name for v in library.levels()])
@@ -73,8 +83,7 @@ def attention64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
     return scores.softmax(-1) @ v
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize(("sides", "dim"), with_dims(SIDES))
 def test_bytes_equal_the_canonical_encoder(level: str, sides: str, dim: int) -> None:
     mine, reference = engines(sides, dim, 3, level)
     keys, values = tokens(1, 3, 3, 128, dim), tokens(2, 3, 3, 128, dim)
@@ -114,11 +123,17 @@ def test_decode_matches_float64(level: str, sides: str, group: int) -> None:
     attends(level, sides, 128, 2, group, 1, 5 * 128, 37, torch.float32, sharpness=3.0)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sides", ["3-bit", "trellis-2.5-1.5"])
+@pytest.mark.parametrize(("sides", "dim"), with_dims(["3-bit", "trellis-2.5-1.5"]))
 def test_head_dims_and_dtypes(level: str, sides: str, dim: int, dtype: torch.dtype) -> None:
     attends(level, sides, dim, 2, 4, 3, 3 * 128, 130, dtype)
+
+
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
+@pytest.mark.parametrize("sides", ["4-bit", "2-bit"])
+def test_head_dim_96_at_every_group(level: str, sides: str, group: int) -> None:
+    attends(level, sides, 96, 2, group, 1, 3 * 128, 37, torch.float32, sharpness=3.0)
+    attends(level, sides, 96, 1, group, 70, 2 * 128, 5, torch.float32)
 
 
 @pytest.mark.parametrize("new", [2, 17, 100])
@@ -200,12 +215,16 @@ def test_a_query_that_is_not_finite_gives_nan_in_its_row_only(level: str) -> Non
 
 
 def test_refusals_name_their_reasons() -> None:
-    shape = LayerShape(0, 2, 96, 4)
+    shape = LayerShape(0, 2, 80, 4)
     spec = CacheSpec(key=SideSpec("mse", 5), value=SideSpec("mse", 3, rotation="dense"))
     reasons = why_not(spec, shape, torch.float64, CPU)
     assert len(reasons) == 4
-    with pytest.raises(NoImplementation, match="head_dim 96"):
+    with pytest.raises(NoImplementation, match="head_dim 80"):
         CpuEngine(spec, shape, torch.float32, CPU)
+    streams = CacheSpec(key=SideSpec("trellis", 2.5), value=SideSpec("mse", 3))
+    assert why_not(streams, LayerShape(0, 2, 96, 4), torch.float32, CPU) == [
+        "key codec 'trellis' has kernels for multiples of 64, not 96"
+    ]
     with pytest.raises(InvalidConfig, match="unknown CPU level"):
         library.choose_level("mmx")
 

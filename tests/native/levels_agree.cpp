@@ -148,7 +148,7 @@ int main() {
   for (int i = 0; i <= scalar; ++i) std::printf("level %s: %s\n", kvf_level_name(i), *kvf_level_reason(i) ? kvf_level_reason(i) : "runs");
   const int bits[][2] = {{4, 4}, {3, 2}, {2, 3}};
   const int shapes[][2] = {{1, 1}, {3, 1}, {4, 2}, {8, 5}, {16, 9}};  // query group, new tokens
-  for (int dim : {64, 128, 256})
+  for (int dim : {64, 96, 128, 256})
     for (const auto& b : bits)
       for (const auto& s : shapes) {
         Case c(dim, 3, s[0], s[1], b[0], b[1]);

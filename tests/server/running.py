@@ -44,7 +44,7 @@ def running(loaded: Loaded, rules: Rules | None = None, **how: Any) -> Iterator[
         assert not thread.is_alive()
 
 
-def wait_for(condition: Any, seconds: float = 30.0) -> None:
+def wait_for(condition: Any, seconds: float = 90.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never happened"

@@ -36,7 +36,7 @@ def fingerprint(model: Any, tokenizer: Any = None) -> Fingerprint:
     tensors = _tensors(model)
     shapes = [[name, list(x.shape), str(x.dtype)] for name, x in tensors]
     out = {
-        "config": _lasting(json.loads(model.config.to_json_string(use_diff=False))),
+        "config": lasting(json.loads(model.config.to_json_string(use_diff=False))),
         "tensors": _json(shapes),
         "weights": digest(*(piece for _, x in tensors for piece in _samples(x))),
         "adapters": _json(_adapters(model)),
@@ -92,9 +92,10 @@ def _samples(x: Tensor) -> list[memoryview]:
     return [bytes_of(flat[a : a + piece]) for a in starts]
 
 
-def _lasting(x: Any) -> Any:
+def lasting(x: Any) -> Any:
+    """A config without the entries that do not change results."""
     if isinstance(x, dict):
-        return {k: _lasting(v) for k, v in x.items() if k not in VOLATILE}
+        return {k: lasting(v) for k, v in x.items() if k not in VOLATILE}
     return x
 
 

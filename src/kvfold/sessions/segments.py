@@ -6,9 +6,11 @@ what lies outside pages. Neither is ever changed once it has its name.
 
 from __future__ import annotations
 
+import copy
 import json
 import mmap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def write_pages(folder: Path, first: int, tokens: Tensor, pages: dict[int, Tenso
 
 
 class PageFile:
-    """A page file that agrees with its manifest, pages aside. Raises DamagedSession."""
+    """A page file that agrees with its manifest, pages aside; of its index a beginning is enough. Raises DamagedSession."""
 
     def __init__(self, folder: Path, segment: Segment, layers: list[Layer]) -> None:
         self.segment = segment
@@ -74,10 +76,17 @@ class PageFile:
                 want[f"layers.{i}.pages"] = ((n, x.page_bytes), torch.uint8)
                 want[f"layers.{i}.checksums"] = ((n, CHECKSUM_BYTES), torch.uint8)
         there = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
-        if not want.items() <= there.items() or _index(tensors) != segment.index:
+        if not want.items() <= there.items() or not _index(tensors).startswith(segment.index):
             raise DamagedSession.at(f"{segment.file} does not agree with the manifest", 0)
         self.tokens = tensors["tokens"][: segment.pages * PAGE_TOKENS]
         self._tensors = tensors
+
+    def shortened(self, pages: int) -> PageFile:
+        """The same file, of which only the first `pages` pages count."""
+        other = copy.copy(self)
+        other.segment = replace(self.segment, pages=pages)
+        other.tokens = self.tokens[: pages * PAGE_TOKENS]
+        return other
 
     def rest(self, layer: int) -> Tensors:
         """What else belongs to the pages of a layer; see write_pages."""

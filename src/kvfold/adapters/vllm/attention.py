@@ -26,6 +26,7 @@ from kvfold.engine.request import LayerShape
 from kvfold.engine.select import make_engine
 from kvfold.errors import Unsupported
 
+CONNECTOR = "kvfold.connectors.vllm"
 SIGNATURE = inspect.signature(AttentionImpl.__init__)
 
 
@@ -50,6 +51,8 @@ class ExactLayer(torch.nn.Module, AttentionLayerBase):
         if spec.sinks > block:
             raise Unsupported(f"{spec.sinks} sinks do not fit a block of {block} exact tokens", "Use fewer sinks")
         margin = spec.window + vllm_config.num_speculative_tokens
+        if vllm_config.kv_transfer_config is not None:
+            margin += PAGE_TOKENS  # of the prompt's last full page a connector also keeps the exact tokens
         return ExactSpec(
             block_size=block,
             num_kv_heads=self.kv_heads,
@@ -83,6 +86,12 @@ class FoldedImpl(AttentionImpl[FoldedMetadata]):
         self.name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         self.exact_name = f"{self.name}.exact"
         layers[self.exact_name] = self.exact
+
+    def pooled(self, kv_cache: Tensor) -> PooledLayer:
+        """This layer over the memory that vLLM gave it. kv_cache: its pages, as `forward` gets them."""
+        if self.layer is None:
+            self.layer = self._build(kv_cache)
+        return self.layer
 
     def _build(self, kv_cache: Tensor) -> PooledLayer:
         spec, dtype = chosen_spec(), self.exact.dtype
@@ -118,10 +127,9 @@ class FoldedImpl(AttentionImpl[FoldedMetadata]):
         """query, output [tokens, H * G, D], key, value [tokens, H, D]; writes output."""
         if attn_metadata is None:  # vLLM measures its memory
             return output
-        if self.layer is None:
-            self.layer = self._build(kv_cache)
+        pooled = self.pooled(kv_cache)
         step = attn_metadata.plan(self.geometry, get_forward_context().attn_metadata[self.exact_name].block_table)
-        self.layer.run(step, query, key, value, self.scale, output)
+        pooled.run(step, query, key, value, self.scale, output)
         return output
 
 
@@ -162,6 +170,9 @@ def refuse_config(config: VllmConfig) -> None:
         raise _unsupported("context parallelism")
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise _unsupported("a disabled hybrid KV cache manager, which exact tokens need,")
+    transfer = config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector_module_path != CONNECTOR:
+        raise _unsupported(f"KV connector {transfer.kv_connector}; its own is in {CONNECTOR}")
     if any(side.codec == "split" for side in (chosen_spec().key, chosen_spec().value)):
         raise _unsupported("codec 'split', which keeps a state per sequence,")
 

@@ -18,9 +18,10 @@ from kvfold.errors import NoImplementation, NonFiniteInput
 from kvfold.packing.layout import PageLayout
 from kvfold.rotation.reference import signs, stream
 
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 96, 128, 256)
 CODECS: dict[str, tuple[float, ...]] = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5)}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TRELLIS_STEP = 64  # coordinates whose symbols fill whole words of a stream at every rate
 ROW_ALIGN = 16  # bytes; 64 would cost a 3-bit page of two heads .004 bit per value
 
 
@@ -40,6 +41,8 @@ def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torc
             reasons.append(f"no kernel for {side} codec {s.codec!r} at {s.bits:g} bits")
         elif s.rotation != "hadamard":
             reasons.append(f"{side} rotation is {s.rotation!r}, kernels have 'hadamard' only")
+        if s.codec == "trellis" and shape.head_dim in HEAD_DIMS and shape.head_dim % TRELLIS_STEP:
+            reasons.append(f"{side} codec 'trellis' has kernels for multiples of {TRELLIS_STEP}, not {shape.head_dim}")
     return reasons
 
 

@@ -1,0 +1,52 @@
+"""One vLLM engine in a process of its own: a job as JSON on stdin, its answers as JSON in the file named as argument.
+
+Job: {"options": arguments of LLM, "steps": [{"prompts": [[ids]], "params": arguments of SamplingParams}]}. Every step is one call
+of generate. vLLM prints what it likes, so the answers have a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def answer(output: Any) -> dict[str, Any]:
+    return {"ids": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens or 0}
+
+
+def log_probabilities(output: Any, vocabulary: int) -> np.ndarray:
+    """float32 [prompt tokens - 1, vocabulary], of every prompt token but the first."""
+    flat = output.prompt_logprobs
+    table = np.full((len(flat) - 1, vocabulary), -math.inf, np.float32)
+    for row, start, end in zip(table, flat.start_indices[1:], flat.end_indices[1:], strict=True):
+        row[flat.token_ids[start:end]] = flat.logprobs[start:end]
+    return table
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    job, result = json.load(sys.stdin), Path(sys.argv[1])
+    llm = LLM(disable_log_stats=False, **job["options"])
+    steps = []
+    for i, step in enumerate(job["steps"]):
+        outputs = llm.generate(
+            [{"prompt_token_ids": p} for p in step["prompts"]], SamplingParams(**step["params"]), use_tqdm=False
+        )
+        steps.append([answer(o) for o in outputs])
+        if step["params"].get("prompt_logprobs"):
+            vocabulary = llm.model_config.get_vocab_size()
+            for n, o in enumerate(outputs):
+                np.save(result.with_name(f"logprobs-{i}-{n}.npy"), log_probabilities(o, vocabulary))
+    preempted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    result.write_text(json.dumps({"steps": steps, "tokens": tokens, "preempted": preempted}))
+
+
+if __name__ == "__main__":
+    main()

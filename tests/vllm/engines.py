@@ -1,0 +1,94 @@
+"""Engines of a real vLLM, each in a process of its own: jobs for `driver`, their answers, and the shipped model's text."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from kvfold.evaluation.text import haystack, stream
+
+MODEL = str(resources.files("kvfold.models").joinpath("recall-llama-12m"))
+DRIVER = Path(__file__).with_name("driver.py")
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+}
+GREEDY = {"temperature": 0, "max_tokens": 24}
+
+
+@dataclass(frozen=True)
+class Run:
+    """steps: the answers of each step, a token list and the number of prompt tokens found in the cache. tokens: what vLLM says
+    its cache holds. preempted: how often a request lost its memory to another. logprobs: (step, prompt) -> float32
+    [prompt tokens - 1, vocabulary]."""
+
+    steps: list[list[dict[str, Any]]]
+    tokens: int
+    preempted: int
+    logprobs: dict[tuple[int, int], np.ndarray]
+
+    def ids(self, step: int) -> list[list[int]]:
+        return [x["ids"] for x in self.steps[step]]
+
+    def cached(self, step: int) -> list[int]:
+        return [x["cached"] for x in self.steps[step]]
+
+
+def environment(profile: str | None, **more: str) -> dict[str, str]:
+    """Of a process that runs vLLM: stock, or folded under `profile`."""
+    chosen = {} if profile is None else {"KVFOLD_PROFILE": profile}
+    return {**os.environ, **ENVIRONMENT, **chosen, **more}
+
+
+def step(*prompts: list[int], **params: Any) -> dict[str, Any]:
+    return {"prompts": list(prompts), "params": {**GREEDY, **params}}
+
+
+def run(profile: str | None, steps: list[dict[str, Any]], env: dict[str, str] | None = None, **options: Any) -> Run:
+    """One engine of the shipped model, or of `model`, in float32 unless told otherwise."""
+    chosen = {"model": MODEL, "dtype": "float32", "enforce_eager": True, "max_model_len": 4096, **options}
+    with tempfile.TemporaryDirectory() as folder:
+        result, log = Path(folder, "result.json"), Path(folder, "log")
+        with log.open("w") as out:
+            done = subprocess.run(
+                [sys.executable, DRIVER, result],
+                input=json.dumps({"options": chosen, "steps": steps}),
+                text=True,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment(profile, **(env or {})),
+            )
+        assert done.returncode == 0, log.read_text()[-6000:]
+        names = [p.stem.split("-")[1:] for p in Path(folder).glob("logprobs-*.npy")]
+        logprobs = {(int(i), int(n)): np.load(Path(folder, f"logprobs-{i}-{n}.npy")) for i, n in names}
+        return Run(**json.loads(result.read_text()), logprobs=logprobs)
+
+
+@functools.cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@functools.cache
+def text() -> list[int]:
+    return stream(haystack(), tokenizer())
+
+
+def prompt(number: int, length: int) -> list[int]:
+    """A stretch of the shipped text; numbers differ in where they begin."""
+    return text()[3000 * number : 3000 * number + length]

@@ -1,0 +1,78 @@
+"""Folded pages in a real vLLM lose what they lose in the transformers adapter, and hold what their size says."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from engines import MODEL, run, step, text, tokenizer
+from transformers import AutoModelForCausalLM
+
+from kvfold import profiles
+from kvfold.config import PAGE_TOKENS, CacheSpec
+from kvfold.engine.request import LayerShape
+from kvfold.engine.select import make_engine
+from kvfold.evaluation.divergence import CALL_TOKENS, compare, evaluate
+from kvfold.evaluation.needle import documents, grid
+
+PROFILES = ("balanced", "compact")
+WINDOWS = [text()[2048 * i : 2048 * (i + 1)] for i in (0, 7)]
+CONTEXT, KIND, DOCUMENTS = 4096, "magic_number", 4
+LONG = 131072
+
+
+def page_bytes(kv_heads: int, head_dim: int, spec: CacheSpec) -> int:
+    shape = LayerShape(0, kv_heads, head_dim, 2)
+    return make_engine("auto", spec, shape, torch.bfloat16, torch.device("cpu")).page_bytes
+
+
+@functools.cache
+def model() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+
+
+@functools.cache
+def logprobs(profile: str | None) -> list[torch.Tensor]:
+    """What vLLM says of every token of WINDOWS, read in the calls of the evaluation's protocol."""
+    done = run(
+        profile,
+        [step(*WINDOWS, max_tokens=1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)],
+        max_logprobs=-1,
+        max_num_batched_tokens=CALL_TOKENS,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+    )
+    return [torch.from_numpy(done.logprobs[0, i]) for i in range(len(WINDOWS))]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_divergence_is_that_of_the_transformers_adapter(profile: str) -> None:
+    kl = [compare(f, s)[0] for f, s in zip(logprobs(profile), logprobs(None), strict=True)]
+    here = float(torch.cat(kl).mean())
+    there = float(evaluate(model(), WINDOWS, profiles.load(profile).spec)["kld_mean"])
+    assert here == pytest.approx(there, rel=0.1)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_needles_are_found_as_through_the_transformers_adapter(profile: str) -> None:
+    docs = list(documents(CONTEXT, [KIND], DOCUMENTS, 0, tokenizer()))
+    asked = [(d.ids + n.question, n.answer) for d in docs for n in d.needles]
+    length = max(len(answer) for _, answer in asked)
+    found = run(profile, [step(*(q for q, _ in asked), max_tokens=length)], max_model_len=CONTEXT + 64)
+    hits = [ids[: len(a)] == a for ids, (_, a) in zip(found.ids(0), asked, strict=True)]
+    rows = grid(model(), tokenizer(), [CONTEXT], profiles.load(profile).spec, [KIND], DOCUMENTS)
+    there = np.mean([r["recall"] for r in rows])
+    assert np.mean(hits) >= 0.9 * there
+    assert there > 0.5  # else nothing was compared
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_capacity_at_equal_memory(profile: str) -> None:
+    """Tokens that vLLM says its cache holds, exact tokens of every request counted: at 128k, those cost less than 3 %."""
+    folded, stock = (run(p, [], dtype="bfloat16", max_model_len=LONG).tokens for p in (profile, None))
+    config = model().config
+    page = page_bytes(config.num_key_value_heads, config.head_dim, profiles.load(profile).spec)
+    ratio = PAGE_TOKENS * 2 * config.num_key_value_heads * config.head_dim * 2 / page
+    assert 0.97 * ratio * stock <= folded <= ratio * stock

@@ -1,0 +1,80 @@
+"""Profile `lossless` in a real vLLM gives the tokens that vLLM's own cache gives, however requests are cut, shared and mixed."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from engines import Run, prompt, run, step
+
+LENGTHS = (70, 128, 300, 517, 800, 1100, 1500, 2100)
+PROMPTS = [prompt(i, n) for i, n in enumerate(LENGTHS)]
+LONGER = [prompt(i, n + 333) for i, n in enumerate(LENGTHS)]
+
+
+@functools.cache
+def expected() -> tuple[list[list[int]], list[list[int]]]:
+    """What vLLM's own cache answers to PROMPTS and to LONGER, one request at a time, nothing shared."""
+    steps = [step(p) for p in PROMPTS + LONGER]
+    stock = run(None, steps, enable_prefix_caching=False)
+    ids = [stock.ids(i)[0] for i in range(len(steps))]
+    return ids[: len(PROMPTS)], ids[len(PROMPTS) :]
+
+
+@functools.cache
+def alone() -> Run:
+    """Each prompt alone, each again, then prompts that were seen, longer, in one batch with ones that were not."""
+    unseen = [prompt(i + 20, n) for i, n in enumerate(LENGTHS[:4])]
+    mixed = [p for pair in zip(LONGER[4:], unseen, strict=True) for p in pair]
+    return run("lossless", [*(step(p) for p in PROMPTS), *(step(p) for p in PROMPTS), step(*mixed), step(*unseen)])
+
+
+def test_one_request_at_a_time() -> None:
+    assert [alone().ids(i)[0] for i in range(len(PROMPTS))] == expected()[0]
+
+
+def test_a_prefix_found_in_the_cache() -> None:
+    again = range(len(PROMPTS), 2 * len(PROMPTS))
+    assert [alone().cached(i)[0] for i in again] == [(n - 1) // 128 * 128 for n in LENGTHS]
+    assert [alone().ids(i)[0] for i in again] == expected()[0]
+
+
+def test_prefixes_found_and_first_chunks_in_one_batch() -> None:
+    step = 2 * len(PROMPTS)
+    assert [c > 0 for c in alone().cached(step)] == [True, False] * 4
+    assert alone().ids(step)[::2] == expected()[1][4:]
+    # The prompts among them that were new are asked for again, now with their prefixes in the cache.
+    assert alone().ids(step)[1::2] == alone().ids(step + 1)
+
+
+@pytest.mark.parametrize("tokens", [96, 192])
+def test_eight_at_once_in_chunks(tokens: int) -> None:
+    """Chunks that end within pages, with decoding requests between them."""
+    folded = run("lossless", [step(*PROMPTS), step(*LONGER)], max_num_batched_tokens=tokens, max_num_seqs=16)
+    assert (folded.ids(0), folded.ids(1)) == expected()
+
+
+def test_the_engine_in_a_process_of_its_own() -> None:
+    folded = run("lossless", [step(*PROMPTS)], env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    assert folded.ids(0) == expected()[0]
+
+
+def test_too_little_memory_for_all_of_them() -> None:
+    """Requests are preempted, lose their blocks, and are computed again."""
+    blocks = 2 * (LENGTHS[-1] // 128) + 16
+    folded = run("lossless", [step(*PROMPTS[4:], max_tokens=200)], num_gpu_blocks_override=blocks)
+    stock = run(None, [step(*PROMPTS[4:], max_tokens=200)])
+    assert folded.preempted > 0
+    assert folded.ids(0) == stock.ids(0)
+
+
+def test_drafts_taken_back() -> None:
+    """ngram speculation: several queries a step, and tokens that are taken back."""
+    draft = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    folded = run("lossless", [step(*LONGER)], speculative_config=draft)
+    assert folded.ids(0) == expected()[1]
+
+
+def test_heads_split_over_two_workers() -> None:
+    folded = run("lossless", [step(*PROMPTS)], tensor_parallel_size=2, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    assert folded.ids(0) == expected()[0]
