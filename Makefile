@@ -18,7 +18,7 @@ test-slow: $(READY)
 
 # Against a real vLLM, in an environment of its own (3.4 GB).
 test-vllm: .venv-vllm/.ready
-	.venv-vllm/bin/python -m pytest -q -n 2 --dist loadgroup tests/vllm $(PYTEST_ARGS)
+	.venv-vllm/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm $(PYTEST_ARGS)
 
 .venv-vllm/.ready: scripts/install-vllm scripts/vllm-constraints.txt
 	scripts/install-vllm

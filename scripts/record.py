@@ -50,6 +50,17 @@ def flat(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in result.items() if not isinstance(v, list | dict)}]
 
 
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a CSV file; it gets the columns of both."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
+    fields = list(dict.fromkeys([*(old[0] if old else []), *rows[0]]))
+    with path.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, fields)
+        writer.writeheader()
+        writer.writerows(old + rows)
+
+
 def main(arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kvfold", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
@@ -58,14 +69,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(done.stdout)
     where = provenance(arguments)
     rows = [{**where, **row} for row in flat(json.loads(done.stdout))]
-    path = ROOT / "bench" / "results" / f"{arguments[0]}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
-    fields = list(dict.fromkeys([*(old[0] if old else []), *rows[0]]))
-    with path.open("w", encoding="utf-8", newline="") as out:
-        writer = csv.DictWriter(out, fields)
-        writer.writeheader()
-        writer.writerows(old + rows)
+    append(ROOT / "bench" / "results" / f"{arguments[0]}.csv", rows)
     for row in rows:
         print(json.dumps({k: v for k, v in row.items() if k not in where}))
 

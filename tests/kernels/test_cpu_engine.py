@@ -192,6 +192,17 @@ def test_threads_do_not_change_a_bit(level: str) -> None:
     assert torch.equal(outs[0], outs[2])
 
 
+def test_threads_are_those_of_torch_and_are_told(level: str) -> None:
+    mine, _ = engines("3-bit", 128, 2, level)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert mine.running() == {"level": level, "threads": threads, "bits_depend_on": ["level"]}
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_non_finite_vectors_are_refused(level: str, bad: float) -> None:
     mine, _ = engines("4-bit", 64, 1, level)

@@ -22,8 +22,7 @@ def through(profile: str, folder: Path, steps: list[dict[str, Any]], **options: 
     return run(profile, steps, kv_transfer_config=transfer, **{**OPTIONS, **options})
 
 
-@pytest.mark.parametrize("profile", ["lossless", "balanced"])
-@pytest.mark.parametrize("length", [LONG, LONG + 77])
+@pytest.mark.parametrize(("profile", "length"), [("lossless", 4096 + 77), ("balanced", 4096), ("balanced", LONG + 77)])
 def test_a_second_process_continues_from_disk(profile: str, length: int, tmp_path: Path) -> None:
     long, short = prompt(0, length), prompt(9, 300)
     first = through(profile, tmp_path, [step(long, short)])

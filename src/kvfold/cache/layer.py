@@ -23,6 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class AttendingEngine(Engine, Protocol):
     """An engine that can also attend, and write its pages in the byte order of files."""
 
+    def running(self) -> dict[str, object]: ...
+
     def to_canonical(self, row: Tensor) -> Tensor: ...
 
     def from_canonical(self, row: Tensor) -> Tensor: ...
@@ -312,6 +314,7 @@ class FoldedAttention:
             "layer": self.layer,
             "kind": "folded",
             "backend": self.engine.name,
+            **self.engine.running(),
             "bytes": self.nbytes,
             "page_bytes": sum(p.nbytes for p in self._pools),
             "pages": sum(p.pages_used for p in self._pools),

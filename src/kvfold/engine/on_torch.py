@@ -50,6 +50,10 @@ class TorchEngine:
         per_token = heads * max(self.key.latent, self.value.latent)
         self.block_pages = max(1, BLOCK_VALUES // (per_token * PAGE_TOKENS))
 
+    def running(self) -> dict[str, object]:
+        """Threads of the next call; torch may sum in another order with another number of them."""
+        return {"threads": torch.get_num_threads(), "bits_depend_on": ["threads"]}
+
     def freeze(self, keys: Tensor, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What each codec freezes for a sequence, from its first tokens [H, T, D]."""
         return self.key.freeze(keys.float()), self.value.freeze(values.float())

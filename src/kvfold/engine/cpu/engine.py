@@ -109,6 +109,10 @@ class CpuEngine:
         self.row_bytes = library.call("kvf_row_bytes")(self.format)
         self.page_bytes = -(-self.row_bytes // ROW_ALIGN) * ROW_ALIGN
 
+    def running(self) -> dict[str, object]:
+        """Level and threads of the next call, and what its bits depend on besides its inputs: the level, never the threads."""
+        return {"level": self.level.name, "threads": self.thread_count(), "bits_depend_on": ["level"]}
+
     def thread_count(self) -> int:
         return self.threads or library.default_threads()
 

@@ -104,6 +104,10 @@ class CudaEngine:
         self._nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
 
     # ---- what the cache asks of every engine
+    def running(self) -> dict[str, object]:
+        """Nothing to tell: there are no levels and no threads to choose."""
+        return {}
+
     def freeze(self, keys: Tensor, values: Tensor) -> tuple[None, None]:
         return None, None
 
