@@ -70,6 +70,7 @@ def eval_(
     centre: Annotated[bool | None, typer.Option("--centre/--no-centre", help="Subtract the mean key.")] = None,
     scale: Annotated[str | None, typer.Option(help="norm, unbiased, least-squares or match, for both sides.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the rotations.")] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Fail if the profile's stated tolerance is not kept.")] = False,
     dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
     revision: common.Revision = None,
     device: common.Device = None,
@@ -80,6 +81,9 @@ def eval_(
     json: common.Json = False,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity through a folded cache against the model's own cache."""
+    from kvfold.evaluation.divergence import evaluate
+    from kvfold.evaluation.gate import failures, stated
+
     spec = _spec(
         profile,
         key_codec=key_codec,
@@ -92,20 +96,25 @@ def eval_(
         scale=scale,
         seed=seed,
     )
-    content = _text(text)
+    limits = stated(load_profile(profile)) if gate else None
+    content = read_text(text)
     loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, chat_template, offline))
-    from kvfold.evaluation.divergence import evaluate
     from kvfold.evaluation.text import windows as cut
 
     with common.progress("scoring") as report:
         result = evaluate(loaded.model, cut(content, loaded.tokenizer, windows, window_tokens, skip), spec, report)
+    broken = failures(result, limits) if limits is not None else []
+    if limits is not None:
+        result |= {"gate_passed": not broken, "gate_failures": broken}
     if json:
         common.show_json(result)
-        return
-    common.show_fields(result, f"{model}, profile {profile}, {windows} windows of {window_tokens}")
+    else:
+        common.show_fields(result, f"{model}, profile {profile}, {windows} windows of {window_tokens}")
+    if broken:
+        raise typer.Exit(1)
 
 
-def _text(path: Path | None) -> str:
+def read_text(path: Path | None) -> str:
     if path is None:
         from kvfold.evaluation.text import haystack
 

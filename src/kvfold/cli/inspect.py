@@ -11,8 +11,16 @@ from kvfold.cli import common
 from kvfold.profiles import load, names
 
 
-def profiles(json: common.Json = False) -> None:
+def profiles(
+    evidence: Annotated[
+        bool, typer.Option("--evidence", help="What was measured of each, and by which command.")
+    ] = False,
+    json: common.Json = False,
+) -> None:
     """The named choices there are, and what each is for."""
+    if evidence:
+        _show_evidence(json)
+        return
     rows: list[dict[str, Any]] = []
     for name in names():
         p = load(name)
@@ -32,6 +40,14 @@ def profiles(json: common.Json = False) -> None:
         common.show_json({"profiles": rows})
         return
     common.show_table(rows, "profiles")
+
+
+def _show_evidence(json: bool) -> None:
+    rows = [{"profile": name, **row} for name in names() for row in load(name).evidence]
+    if json:
+        common.show_json({"rows": rows})
+        return
+    common.show_table(rows, "what was measured of the profiles")
 
 
 def doctor(

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from kvfold.cli import bench, chat, evaluate, generate, inspect, plan, serve, sessions
+from kvfold.cli import bench, chat, evaluate, generate, inspect, plan, serve, sessions, tune
 from kvfold.errors import KvfoldError, MissingExtra
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (evaluate, generate, chat, inspect, plan, serve, sessions, bench):
+for module in (evaluate, generate, chat, inspect, plan, serve, sessions, tune, bench):
     module.add_to(app)
 
 # The base of all usage errors. Newer typers bring their own copy of click, so it is reached through a class they export.

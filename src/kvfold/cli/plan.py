@@ -14,7 +14,7 @@ from kvfold.loading import Described, Options, describe
 from kvfold.planner.fit import fitted
 from kvfold.planner.model import Model
 from kvfold.planner.plan import Setting
-from kvfold.profiles import load, names
+from kvfold.profiles import levels, load
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BAR = 40  # characters of the longest bar
@@ -62,7 +62,7 @@ def plan(
         return {"model": described.model.name, "profile": name, **fitted(described.model, setting, budget)}
 
     if compare or plot is not None:
-        rows = [{k: x for k, x in of(name).items() if k != "layers"} for name in names()]
+        rows = [{k: x for k, x in of(name).items() if k != "layers"} for name in levels()]
         if plot is not None:
             from kvfold.evaluation.plots import bars
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.errors import EvaluationError
 
 CALL_TOKENS = 64
+SURE = 0.9  # probability of its most likely token above which the reference counts as sure
 
 
 def compare(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,10 +42,10 @@ def evaluate(
     windows: list[list[int]],
     spec: CacheSpec,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """The `eval` command's figures for `windows` of equal length. Attaches the model while it runs."""
     device = model.device
-    kl, same, nll, nll_reference, exact = [], [], [], [], []
+    kl, same, sure, nll, nll_reference, exact = [], [], [], [], [], []
     cache: FoldedCache | None = None
     calls = sum(-(-len(w) // CALL_TOKENS) for w in windows)
     done = 0
@@ -61,6 +63,7 @@ def evaluate(
                 k, s = compare(logits, reference)
                 kl.append(k)
                 same.append(s)
+                sure.append(reference.softmax(-1).amax(-1) > SURE)
                 following = ids[0, start + 1 : start + 1 + part.shape[1], None]
                 n = len(following)
                 nll.append(-logits[:n].log_softmax(-1).gather(-1, following)[:, 0].double())
@@ -69,7 +72,29 @@ def evaluate(
                 progress(done, calls)
     if cache is None:
         raise EvaluationError("there is no window to evaluate", "Ask for at least one window")
-    return _summary(torch.cat(kl), torch.cat(same), torch.cat(nll), torch.cat(nll_reference), exact, cache)
+    result = _summary(torch.cat(kl), torch.cat(same), torch.cat(nll), torch.cat(nll_reference), exact, cache)
+    return result | worst(torch.cat(kl), torch.cat(same), torch.cat(sure), [len(w) for w in windows])
+
+
+def worst(kl: Tensor, same: Tensor, sure: Tensor, lengths: list[int]) -> dict[str, Any]:
+    """Where it is worst. kl [n] in nats, same and sure [n] bool, over windows of `lengths` tokens, one after the other.
+
+    `kld_max_window`, `kld_max_position`: where kld_max is. `kld_by_decile`: mean KL by tenths of a window, which shows
+    errors that grow with the context. `sure_positions`, `sure_changed`: where the reference gave one token more than
+    SURE, and how often the folded cache made another one the most likely there.
+    """
+    position = torch.cat([torch.arange(n) for n in lengths])
+    tenth = torch.cat([torch.arange(n) * 10 // n for n in lengths])
+    at = int(kl.argmax())
+    window = next(i for i, end in enumerate(accumulate(lengths)) if at < end)
+    deciles = [kl.cpu()[tenth == d] for d in range(10)]
+    return {
+        "kld_max_window": window,
+        "kld_max_position": int(position[at]),
+        "kld_by_decile": [float(x.mean()) if len(x) else 0.0 for x in deciles],
+        "sure_positions": int(sure.sum()),
+        "sure_changed": int((sure & ~same).sum()),
+    }
 
 
 def _summary(

@@ -1,0 +1,68 @@
+"""Does a profile keep what it promises, on this model and this text; and which is the smallest that does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from kvfold.errors import EvaluationError, InvalidConfig
+from kvfold.evaluation.divergence import evaluate
+from kvfold.profiles import Profile, Tolerance, levels, load
+
+Progress = Callable[[int, int], None]
+# An evaluation's own noise: a limit counts as kept if the figure less this many standard errors keeps it.
+STANDARD_ERRORS = 2
+
+
+def failures(result: dict[str, Any], tolerance: Tolerance) -> list[str]:
+    """What in an `evaluate` result breaks `tolerance`, in words; empty when it is kept."""
+    out = []
+    if result["kld_mean"] - STANDARD_ERRORS * result["kld_se"] > tolerance.kld_mean:
+        out.append(f"kld_mean {result['kld_mean']:.5f} is over {tolerance.kld_mean:g}")
+    agreed, n = result["top1_agreement"], result["positions"]
+    if agreed + STANDARD_ERRORS * (agreed * (1 - agreed) / n) ** 0.5 < tolerance.top1_agreement:
+        out.append(f"top1_agreement {agreed:.4f} is under {tolerance.top1_agreement:g}")
+    return out
+
+
+def stated(profile: Profile) -> Tolerance:
+    """The profile's tolerance; raises InvalidConfig if it states none."""
+    if profile.tolerance is None:
+        have = [n for n in levels() if load(n).tolerance is not None]
+        raise InvalidConfig(f"profile {profile.name!r} states no tolerance", f"Use one of: {', '.join(have)}")
+    return profile.tolerance
+
+
+def smallest(
+    model: Any, windows: list[list[int]], limits: Tolerance, progress: Progress = lambda done, total: None
+) -> tuple[str, list[dict[str, Any]]]:
+    """(the level with the fewest bits that keeps `limits`, a row per level tried). From the smallest up; levels that
+    state no tolerance are there for comparison and are not tried. Raises EvaluationError if none keeps it."""
+    rows = []
+    for name in _by_bits(n for n in levels() if load(n).tolerance is not None):
+        result = evaluate(model, windows, load(name).spec, progress)
+        broken = failures(result, limits)
+        kept = {k: result[k] for k in ("kld_mean", "kld_se", "top1_agreement", "bits_per_value", "cache_bytes")}
+        rows.append({"profile": name, **kept, "passed": not broken})
+        if not broken:
+            return name, rows
+    raise EvaluationError(
+        f"no profile keeps kld_mean {limits.kld_mean:g} and top1_agreement {limits.top1_agreement:g} on this text",
+        f"Allow more; the best was {min(r['kld_mean'] for r in rows):.5f}",
+    )
+
+
+def _by_bits(names: Iterable[str]) -> list[str]:
+    """By nominal bits of keys and values together; of equal ones the lower rank first."""
+    return sorted(names, key=lambda n: load(n).spec.key.bits + load(n).spec.value.bits)
+
+
+def as_toml(name: str, limits: Tolerance, row: dict[str, Any], where: str) -> str:
+    """A profile of one's own that builds on level `name`, with the measurement it rests on in a comment."""
+    return (
+        f"# Measured on {where}: KLD {row['kld_mean']:.5f} +- {row['kld_se']:.5f} nats, the same top token at "
+        f"{100 * row['top1_agreement']:.1f} %, {row['bits_per_value']:.3f} bits per value.\n"
+        f'base = "{name}"\n'
+        f'purpose = "The smallest profile that keeps the tolerance below."\n\n'
+        f"[tolerance]\nkld_mean = {limits.kld_mean!r}\ntop1_agreement = {limits.top1_agreement!r}\n"
+    )
