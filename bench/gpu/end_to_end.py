@@ -50,7 +50,7 @@ def main() -> None:
         stock, stock_peak, a = run(model, transformers.DynamicCache(config=config), batch, tokens)
         torch.cuda.empty_cache()
         with kvfold.attach(model):
-            cache = kvfold.FoldedCache(config, profile="balanced")
+            cache = kvfold.FoldedCache(config, profile="turbo-3")
             folded, folded_peak, b = run(model, cache, batch, tokens)
             kv = cache.nbytes
         del cache
