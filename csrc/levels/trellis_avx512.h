@@ -39,14 +39,16 @@ struct TrellisReader<SimdAvx512> {
   }
 
   void keys(const std::uint8_t* codes, const std::uint8_t* headers, std::uint8_t* out) const {
-    read(codes, headers, [&](int group, int quad, const __m512i* levels) {
-      for (int i = 0; i < 4; ++i) _mm512_store_si512(out + (group * dim / 4 + quad + i) * 64, levels[i]);
+    const int group_bytes = kLanes * dim;
+    read(codes, headers, [out, group_bytes](int group, int quad, const __m512i* levels) {
+      std::uint8_t* to = out + group * group_bytes + quad * 64;
+      for (int i = 0; i < 4; ++i) _mm512_store_si512(to + 64 * i, levels[i]);
     });
   }
 
   void values(const std::uint8_t* codes, const std::uint8_t* headers, std::uint8_t* out) const {
     const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    read(codes, headers, [&](int group, int quad, const __m512i* levels) {
+    read(codes, headers, [out, order](int group, int quad, const __m512i* levels) {
       // 128 bits are four tokens of one quad: gather those of the same tokens, then turn 4 x 4 bytes.
       const __m512i a = _mm512_shuffle_i32x4(levels[0], levels[1], 0x44), b = _mm512_shuffle_i32x4(levels[0], levels[1], 0xEE);
       const __m512i c = _mm512_shuffle_i32x4(levels[2], levels[3], 0x44), d = _mm512_shuffle_i32x4(levels[2], levels[3], 0xEE);
@@ -59,9 +61,10 @@ struct TrellisReader<SimdAvx512> {
   }
 
  private:
-  // Calls sink(group of 16 tokens, first of four quads, their levels).
+  // Calls sink(group of 16 tokens, first of four quads, their levels). Sinks travel by value, and what a loop needs is copied: its stores
+  // could change anything else for all the compiler knows.
   template <class Sink>
-  void read(const std::uint8_t* codes, const std::uint8_t* headers, const Sink& sink) const {
+  void read(const std::uint8_t* codes, const std::uint8_t* headers, Sink sink) const {
     switch (code.widths[0] * 8 + code.widths[1]) {
       case 1 * 8 + 1: return read_groups<1, 1>(codes, headers, sink);
       case 1 * 8 + 2: return read_groups<1, 2>(codes, headers, sink);
@@ -73,12 +76,14 @@ struct TrellisReader<SimdAvx512> {
   }
 
   template <int Even, int Odd, class Sink>
-  void read_groups(const std::uint8_t* codes, const std::uint8_t* headers, const Sink& sink) const {
+  void read_groups(const std::uint8_t* codes, const std::uint8_t* headers, Sink sink) const {
     constexpr int kLines = Even + Odd;  // of 64 coordinates
+    const Maps maps{{low[0], low[1]}, {high[0], high[1]}, low_control, high_control, table};
+    const int quads = dim / 4;
     for (int group = 0; group < kTokenGroups; ++group) {
       const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(headers + group * kLanes)));
       __m512i before = _mm512_permutexvar_epi32(_mm512_srli_epi32(bytes, 6), starts);
-      for (int first = 0; first < dim / 4; first += 16) {
+      for (int first = 0; first < quads; first += 16) {
         __m512i lines[kLines + 2];
         lines[0] = before;
         for (int n = 0; n < kLines; ++n) {
@@ -90,7 +95,7 @@ struct TrellisReader<SimdAvx512> {
         unroll<4>([&](auto part) {
           __m512i levels[4];
           unroll<4>([&](auto index) {
-            levels[decltype(index)::value] = quad<Even, Odd, decltype(part)::value * 4 + decltype(index)::value>(lines);
+            levels[decltype(index)::value] = quad<Even, Odd, decltype(part)::value * 4 + decltype(index)::value>(lines, maps);
           });
           sink(group, first + decltype(part)::value * 4, levels);
         });
@@ -98,19 +103,23 @@ struct TrellisReader<SimdAvx512> {
     }
   }
 
+  struct Maps {
+    __m512i low[2], high[2], low_control, high_control, table;
+  };
+
   // Levels of quad Quad of 64 coordinates: even ones of eight, then the odd ones. lines[0] ends with the bits before.
   template <int Even, int Odd, int Quad>
-  __m512i quad(const __m512i* lines) const {
+  static __m512i quad(const __m512i* lines, const Maps& maps) {
     constexpr int kPhase = Quad % 2, kWindow = kHistory + (kPhase == 0 ? Even : Odd);
     constexpr int kBit = 32 - kHistory + Quad / 2 * 4 * (Even + Odd) + kPhase * Even, kLine = kBit / 32, kShift = kBit % 32;
     static_assert(3 * (Even + Odd) + kWindow <= 32, "four windows fit a word");
     const __m512i bits = kShift == 0 ? lines[kLine] : _mm512_shrdi_epi32(lines[kLine], lines[kLine + 1], kShift);
-    __m512i index = _mm512_gf2p8affine_epi64_epi8(_mm512_multishift_epi64_epi8(low_control, bits), low[kPhase], 0);
+    __m512i index = _mm512_gf2p8affine_epi64_epi8(_mm512_multishift_epi64_epi8(maps.low_control, bits), maps.low[kPhase], 0);
     if constexpr (kWindow > 8) {
-      const __m512i rest = _mm512_gf2p8affine_epi64_epi8(_mm512_multishift_epi64_epi8(high_control, bits), high[kPhase], 0);
+      const __m512i rest = _mm512_gf2p8affine_epi64_epi8(_mm512_multishift_epi64_epi8(maps.high_control, bits), maps.high[kPhase], 0);
       index = _mm512_xor_si512(index, rest);
     }
-    return _mm512_permutexvar_epi8(index, table);
+    return _mm512_permutexvar_epi8(index, maps.table);
   }
 
   const kvf_trellis_reader& code;

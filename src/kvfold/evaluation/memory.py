@@ -2,7 +2,7 @@
 
 The baseline process makes the same calls without any cache: what it needs is the model and its activations. What a
 cache's process needs beyond that is the cache's doing: its bytes, its workspace and its allocator's waste. The planner's
-answer stands beside the measured one: what the process holds beside its weights after a short first call, plus the plan.
+answer stands beside the measured one: what the process holds beside its weights after a first call, plus the plan.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvfold.profiles import load as load_profile
 
 PREFILL_TOKENS = 2048
 DECODE_TOKENS = 64
-WARM_TOKENS = 1  # libraries load what they need with a first call: 20 to 45 MB, by processor
+WARM_TOKENS = PREFILL_TOKENS  # libraries take what they need, and keep it, with a first call: 20 to 45 MB, by processor
 
 
 def peak(kind: str, source: str, context: int, profile: str) -> dict[str, int]:

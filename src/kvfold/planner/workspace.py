@@ -14,7 +14,7 @@ RESIDUALS = 3  # hidden states alive beside either: residual, normed, output
 MLP_TENSORS = 3  # gate, up, product
 QUERY_TENSORS = 4  # projected, rotated, attended, transposed
 ENGINE_QUERIES = 2  # float32 queries and outputs of an engine
-LINEAR_TENSORS = 22  # of the chunked delta rule in torch: inputs, their copies by chunk and by decay (measured)
+LINEAR_TENSORS = 17  # of the chunked delta rule in torch: inputs, their copies by chunk and by decay (measured)
 ENGINE_BYTES = {"torch": 16 << 20, "cpu": 4 << 20}  # blocks of decoded pages and scores
 
 
@@ -32,4 +32,5 @@ def _attention(model: Model, a: Attention, dtype_bytes: int) -> int:
     """Bytes per token of a call. Latent attention queries in the width of the latent."""
     query = model.query_heads * (a.key_dim + a.value_dim if a.latent else a.key_dim)
     own = QUERY_TENSORS * query + 2 * a.values
-    return own * dtype_bytes + (ENGINE_QUERIES * query + a.values) * FLOAT32_BYTES
+    copies = ENGINE_QUERIES * query + a.values if dtype_bytes != FLOAT32_BYTES else 0  # a float32 call is taken as it is
+    return own * dtype_bytes + copies * FLOAT32_BYTES

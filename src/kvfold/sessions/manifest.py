@@ -17,6 +17,7 @@ from kvfold.sessions import files
 NAME = "manifest.jsonl"
 SESSION_VERSION = 1  # of the folder's format; pages have FORMAT_VERSION of their own
 FILE_NAME = re.compile(r"(pages|state)-[0-9a-f-]{1,80}\.safetensors")
+DIGEST_DIGITS = 32
 MAX_BYTES = 64 << 20  # of a manifest: a session of 2^24 tokens in 1 MB segments has 6 MB
 
 
@@ -123,6 +124,8 @@ class Manifest:
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} is not a {kind.__name__}")
         states, at = [*self.checkpoints, self.state], 0
+        if not all(isinstance(s.index, str) and len(s.index) == DIGEST_DIGITS for s in self.segments):
+            raise ValueError("the index of a segment is not a digest")
         counts = [
             n for x in (*self.segments, *states, *self.layers) for n in vars(x).values() if not isinstance(n, str)
         ]
