@@ -32,5 +32,6 @@ def _attention(model: Model, a: Attention, dtype_bytes: int) -> int:
     """Bytes per token of a call. Latent attention queries in the width of the latent."""
     query = model.query_heads * (a.key_dim + a.value_dim if a.latent else a.key_dim)
     own = QUERY_TENSORS * query + 2 * a.values
-    copies = ENGINE_QUERIES * query + a.values if dtype_bytes != FLOAT32_BYTES else 0  # a float32 call is taken as it is
-    return own * dtype_bytes + copies * FLOAT32_BYTES
+    if dtype_bytes == FLOAT32_BYTES:  # taken as they are
+        return own * FLOAT32_BYTES
+    return own * dtype_bytes + (ENGINE_QUERIES * query + a.values) * FLOAT32_BYTES
