@@ -30,7 +30,7 @@ before a token is stored.
 
 Layers are of the family's default config: *folded* ones; *exact* ones, whose sliding window or chunk bounds their memory;
 *state*, recurrent or convolutional. The engine is the one `kvfold doctor` names for profile `balanced` on a CPU; where it is
-`torch`, head size or softmax (softcap, sink logits) has no native kernel.
+`torch`, head size or softmax (softcap, sink logits) has no native kernel, or keys and values differ in size.
 """
 
 
@@ -49,11 +49,13 @@ def outcome(family: str) -> str:
 
 
 def described(family: str) -> list[dict[str, Any]]:
-    """Layers of the family's default config, or of the tiny one where it has no usable defaults."""
+    """Layers of the family's default config, or of the tiny one where the defaults describe no model that was published."""
     try:
-        return layers_of(CONFIG_MAPPING[family](), device="cpu")
+        layers = layers_of(CONFIG_MAPPING[family](), device="cpu")
     except (KvfoldError, TypeError, ValueError, KeyError):
-        return layers_of(config(family), device="cpu")
+        layers = []
+    plausible = layers and all(r["folds"] for r in layers if r["kind"] == "full")
+    return layers if plausible else layers_of(config(family), device="cpu")
 
 
 def row_of(family: str) -> tuple[str, bool]:

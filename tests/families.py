@@ -117,6 +117,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "llama4_text": {"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1, 0]},
     **{t: {"sliding_window": None} for t in ("doge", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2")},
+    "mimo_v2_flash": {"head_dim": 24, "v_head_dim": 16},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"]},
     "olmo_hybrid": {"layer_types": HALF_LINEAR},
     "qwen3_5_moe_text": {"layer_types": HALF_LINEAR},

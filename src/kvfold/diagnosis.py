@@ -93,7 +93,9 @@ def _engine_of(spec: CacheSpec, attention: Attention, dtype_bytes: int, device: 
     from kvfold.engine.request import LayerShape
 
     dtype = torch.float32 if dtype_bytes == FLOAT32_BYTES else torch.bfloat16
-    shape = LayerShape(0, attention.kv_heads, attention.key_dim, dtype_bytes, variant=attention.variant)
+    shape = LayerShape(
+        0, attention.kv_heads, attention.key_dim, dtype_bytes, variant=attention.variant, value_dim=attention.value_dim
+    )
     try:
         _, name = page_of(spec, attention, dtype_bytes, "auto", device)
     except KvfoldError as error:
