@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -103,11 +101,9 @@ class CudaEngine:
         self.has_fold = all(s.codec != "trellis" for s in sides)  # in one kernel; else the search alone has a kernel
         if self.has_fold:
             self._books = [book_of(s, dim) for s in sides]
-        for s, codec in zip(sides, (self.reference.key, self.reference.value), strict=True):
+        for codec in (self.reference.key, self.reference.value):
             if isinstance(codec, Trellis):
-                widths = codec.book.widths
-                kernel = _kernel("viterbi.cu", (dim, widths[0], widths[-1]), _arch(self.capability), 1)
-                codec.search = Search(s.bits, dim, kernel, device)
+                codec.search = Search(codec.book, dim, self.capability, device)
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
         # Into and out of the rotated basis by one product each: for thousands of queries cheaper than butterflies in torch.
         eye = torch.eye(dim, device=device).expand(shape.kv_heads, dim, dim)
@@ -138,11 +134,9 @@ class CudaEngine:
         if not self.has_fold:
             for at in range(0, len(out), FOLD_PAGES):
                 part = slice(at, at + FOLD_PAGES)
-                canonical = list(
-                    torch.zeros(len(out[part]), self.reference.page_bytes, dtype=torch.uint8, device=self.device)
-                )
-                self.reference.fold(keys[part], values[part], first and at == 0, canonical, state)
-                for row, target in zip(self.fragments.from_canonical(torch.stack(canonical)), out[part], strict=True):
+                rows = torch.zeros(len(out[part]), self.reference.page_bytes, dtype=torch.uint8, device=self.device)
+                self.reference.fold(keys[part], values[part], first and at == 0, list(rows), state)
+                for row, target in zip(self.fragments.from_canonical(rows), out[part], strict=True):
                     target.copy_(row)
             return
         addresses = torch.tensor([row.data_ptr() for row in out], dtype=torch.int64).to(self.device)
@@ -158,8 +152,8 @@ class CudaEngine:
         """fold without looking at the result: addresses int64 [P] on the device. Safe in a CUDA graph."""
         dim = self.shape.head_dim
         k, v = (_aligned(x.to(self.dtype)) for x in (keys, values))
-        kernel = _kernel(
-            "fold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), _arch(self.capability), 1
+        kernel = driver.kernel(
+            "fold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), self.capability, 1
         )
         rules = [SCALES.index(s.scale) for s in (self.spec.key, self.spec.value)]
         a = FoldArgs(
@@ -232,8 +226,8 @@ class CudaEngine:
     def unfold_tile(self, addresses: Tensor, k: Tensor, v: Tensor) -> None:
         """Pages at `addresses` int64 [P] -> k, v [H, P * 128, D] in the rotated basis, keys with their rotated mean."""
         dim = self.shape.head_dim
-        kernel = _kernel(
-            "unfold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), _arch(self.capability), 1
+        kernel = driver.kernel(
+            "unfold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), self.capability, 1
         )
         a = UnfoldArgs(
             addresses.data_ptr(),
@@ -329,7 +323,7 @@ class CudaEngine:
         h = self.shape.kv_heads
         q, k, v = (_aligned(x) for x in (q, k, v))
         variant = variant or self.variant(heads // h * new)
-        kernel = _kernel("decode.cu", variant, _arch(self.capability), 4)
+        kernel = driver.kernel("decode.cu", variant, self.capability, 4)
         _, partial, columns, threads = kernel.info
         tiles = -(-(heads // h) * new // columns)
         work, count = _workspace(self.device.index or 0, 2 * self._blocks * partial, b * h * tiles)
@@ -388,15 +382,6 @@ def _aligned(x: Tensor) -> Tensor:
     step = 16 // x.element_size()
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % step == 0 for s in x.stride()[:-1])
     return x if fits else x.contiguous()
-
-
-def _arch(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}{capability[1]}"
-
-
-@functools.cache
-def _kernel(name: str, variant: tuple[int, ...], arch: str, info: int) -> driver.Kernel:
-    return driver.Kernel(name, variant, arch, info)
 
 
 _WORK: dict[int, tuple[Tensor, Tensor]] = {}

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvfold.codebook.trellis import STATES, Code, code
-
-if TYPE_CHECKING:
-    from kvfold.engine.cuda.driver import Kernel
+from kvfold.engine.cuda import driver
 
 HALF_TOKENS = 64
 LANES = 32
@@ -88,9 +85,9 @@ class SearchArgs(ctypes.Structure):
 class Search:
     """codec.torch_trellis.viterbi by kernels/viterbi.cu, for one code: the same codes and states."""
 
-    def __init__(self, bits: float, dim: int, kernel: Kernel, device: torch.device) -> None:
-        book = code(bits)
-        self.dim, self.kernel, self.device = dim, kernel, device
+    def __init__(self, book: Code, dim: int, capability: tuple[int, int], device: torch.device) -> None:
+        self.kernel = driver.kernel("viterbi.cu", (dim, *_pair(book)), capability, 1)
+        self.device = device
         self.levels = [torch.from_numpy(book.by_window[i] * book.grid).to(device) for i in (0, -1)]
         self.starts, self.shift = sum(1 << s for s in book.starts), book.shift
 
