@@ -144,8 +144,6 @@ REFUSED = {
     **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
     **dict.fromkeys(LATENT, "MLA"),
     **dict.fromkeys(("falcon_h1", "zamba2"), "unknown cache kind"),
-    **dict.fromkeys(("gemma2", "vaultgemma"), "softcap"),
-    **dict.fromkeys(("gpt_oss", "granite_swa", "mimo_v2_flash"), "s_aux"),
 }
 FOLDING = tuple(f for f in FAMILIES if f not in REFUSED)
 

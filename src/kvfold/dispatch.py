@@ -15,15 +15,21 @@ from kvfold.errors import InvalidConfig, NoImplementation
 
 @dataclass(frozen=True)
 class Implementation:
-    """`module` holds why_not(*request) -> list of reasons, and the class `factory` built from the same arguments."""
+    """`module` holds why_not(*request) -> list of reasons, and the class `factory` built from the same arguments.
+
+    plain: it knows the plain softmax only, and says so of a layer whose shape announces another.
+    """
 
     name: str
     module: str
     factory: str
+    plain: bool = True
 
     def why_not(self, *request: Any) -> list[str]:
         """Every reason against this request; empty if it can run. Errors inside are bugs and propagate."""
-        return import_module(self.module).why_not(*request)
+        reasons: list[str] = import_module(self.module).why_not(*request)
+        unusual = [n for x in request if hasattr(x, "variant") for n in x.variant.names]
+        return [*reasons, *(f"no kernel for {n}" for n in unusual if self.plain)]
 
     def build(self, *request: Any) -> Any:
         make: Callable[..., Any] = getattr(import_module(self.module), self.factory)
@@ -33,7 +39,7 @@ class Implementation:
 ENGINES = (
     Implementation("cuda", "kvfold.engine.cuda.engine", "CudaEngine"),
     Implementation("cpu", "kvfold.engine.cpu.engine", "CpuEngine"),
-    Implementation("torch", "kvfold.engine.on_torch", "TorchEngine"),
+    Implementation("torch", "kvfold.engine.on_torch", "TorchEngine", plain=False),
 )
 
 

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from kvfold.cache.layer import AttendingEngine, FoldedAttention
 from kvfold.config import PAGE_TOKENS, CacheSpec, SideSpec
+from kvfold.dispatch import ENGINES as IMPLEMENTATIONS
+from kvfold.dispatch import explain
 from kvfold.engine import select
 from kvfold.engine.request import LayerShape
-from kvfold.errors import InvalidConfig, NoImplementation
+from kvfold.engine.variant import Variant
+from kvfold.errors import InvalidConfig, NoImplementation, Unsupported
 
 ENGINES = ("torch", "cpu", "cuda")  # one test body for all; an engine that cannot run here skips with its reasons
 HEADS = 2
@@ -265,3 +268,50 @@ def test_stale_and_free_memory_is_never_read(name: str, poison: int) -> None:
                 at += PAGE_TOKENS * width
     s.pool.row(s.pages[-1]).copy_(s.engine.from_canonical(canonical))  # type: ignore[attr-defined]
     assert torch.equal(layer.attend(q, k, v, [0], 1.0), want)
+
+
+@pytest.mark.parametrize("spec", [MSE, RAW], ids=["mse", "raw"])
+@pytest.mark.parametrize("new", [1, 37])
+@pytest.mark.parametrize("variant", [Variant(3.0), Variant(None, True), Variant(3.0, True)], ids=str)
+def test_softcaps_and_sink_logits(variant: Variant, new: int, spec: CacheSpec) -> None:
+    """Against the definitions in float64. The second row has no pages, the third no past."""
+    layer, read = filled("torch", spec, 64, [450, 5, 0])
+    layer.variant = variant
+    groups = 3
+    q = 5 * numbers((3, HEADS * groups, new, 64), 4)
+    k, v = (numbers((3, HEADS, new, 64), s) for s in (5, 6))
+    logits = 2 * numbers((HEADS * groups,), 7) if variant.sink_logits else None
+    out = layer.attend(q, k, v, [0] * 3, 0.125, variant.softcap, logits)
+    for b in range(3):
+        keys, values = (
+            torch.cat([read[b][i], x[b].double()], 1).repeat_interleave(groups, 0) for i, x in ((0, k), (1, v))
+        )
+        scores = (q[b].double() * 0.125) @ keys.mT
+        if variant.softcap:
+            scores = variant.softcap * torch.tanh(scores / variant.softcap)
+        hidden = torch.ones(new, keys.shape[1], dtype=torch.bool).triu(keys.shape[1] - new + 1)
+        weights = scores.masked_fill(hidden, -math.inf).exp()
+        mass = weights.sum(-1, keepdim=True)
+        if logits is not None:
+            mass = mass + logits.double().exp()[:, None, None]
+        assert worst(out[b] - weights / mass @ values) < 1e-5
+
+
+def test_engines_without_such_kernels_say_so() -> None:
+    request = (MSE, LayerShape(0, HEADS, 64, 4, variant=Variant(30.0, True)), torch.float32, torch.device("cpu"))
+    reasons = dict(explain(IMPLEMENTATIONS, *request))
+    for name in ("cpu", "cuda"):
+        assert {"no kernel for softcapped scores", "no kernel for sink logits"} <= set(reasons[name])
+        with pytest.raises(NoImplementation, match="sink logits"):
+            select.make_engine(name, *request)
+    assert select.make_engine("auto", *request).name == "torch"
+
+
+def test_calls_that_ask_for_more_than_the_layer_announced() -> None:
+    layer = build("torch", MSE, 64)
+    q, k, v = (numbers((1, HEADS, 4, 64), s) for s in range(3))
+    with pytest.raises(Unsupported, match="softcap"):
+        layer.attend(q, k, v, [0], 1.0, 30.0)
+    with pytest.raises(Unsupported, match="s_aux"):
+        layer.attend(q, k, v, [0], 1.0, None, torch.zeros(HEADS))
+    assert layer.sequences[0].length == 0

@@ -20,12 +20,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvfold.engine.request import AttendRequest
 from kvfold.errors import InvalidConfig, NotAttached, Unsupported
 
 NAME = "kvfold"
 
 # Arguments of an attention call that change its result and that folded attention does not implement.
-REFUSED = ("softcap", "s_aux", "position_bias", "sliding_window", "output_attentions", "cache", "head_mask")
+REFUSED = ("position_bias", "sliding_window", "output_attentions", "cache", "head_mask")
 # Tensors that models pass along to every attention function and that do not change a folded one.
 HARMLESS = ("position_ids", "cache_position", "position_embeddings", "input_ids", "attention_mask", "labels")
 
@@ -35,7 +36,7 @@ Runs = list[tuple[int, int]]  # columns of a row that hold padding, as (start, s
 class Attends(Protocol):
     """A folded layer, as the attention function sees it."""
 
-    def attend(self, handle: Handle, query: Tensor, mask: LazyMask | None, scale: float) -> Tensor: ...
+    def attend(self, handle: Handle, call: AttendRequest, mask: LazyMask | None) -> Tensor: ...
 
 
 class Handle:
@@ -173,12 +174,14 @@ def _attend(
         dense = attention_mask.dense if isinstance(attention_mask, LazyMask) else attention_mask
         run = _fallback_attention(fallback, module)
         return run(module, query, key, value, dense, scaling=scaling, dropout=dropout, **kwargs)
+    softcap, sink_logits = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
     _refuse(module, query, dropout, kwargs)
     if attention_mask is not None and not isinstance(attention_mask, LazyMask):
         raise Unsupported("a ready-made 4D mask cannot be read by a folded cache", "Pass a 2D attention mask, or none")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    return key.layer.attend(key, query, attention_mask, scaling).transpose(1, 2).contiguous(), None
+    call = AttendRequest(query, key.k, key.v, scaling, [], softcap, sink_logits)
+    return key.layer.attend(key, call, attention_mask).transpose(1, 2).contiguous(), None
 
 
 def _mask(fallback: str, **arguments: Any) -> Any:

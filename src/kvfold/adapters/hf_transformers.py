@@ -28,8 +28,11 @@ from kvfold.cache.guard import CallGuard
 from kvfold.cache.layer import FoldedAttention
 from kvfold.config import CacheSpec
 from kvfold.dispatch import ENGINES
+from kvfold.engine.request import AttendRequest
 from kvfold.engine.select import make_engine
+from kvfold.engine.variant import PLAIN, Variant
 from kvfold.errors import CannotTrim, InvalidConfig, Unsupported
+from kvfold.planner.architecture import variant_of
 from kvfold.profiles import load
 
 __all__ = ["FoldedCache", "FoldedLayer", "attach", "detach", "register"]
@@ -50,9 +53,9 @@ class FoldedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, spec: CacheSpec, layer: int, backend: str, guard: CallGuard) -> None:
+    def __init__(self, spec: CacheSpec, layer: int, backend: str, guard: CallGuard, variant: Variant = PLAIN) -> None:
         super().__init__()
-        self.folded = FoldedAttention(spec, layer, functools.partial(make_engine, backend))
+        self.folded = FoldedAttention(spec, layer, functools.partial(make_engine, backend), variant)
         self.guard = guard
         self.columns = 0  # tokens of the batch as the host counts them: padding included
         self.holes: list[Runs] = []  # which columns of each row are padding
@@ -72,14 +75,14 @@ class FoldedLayer(CacheLayerMixin):
         return handle, handle
 
     @_eager
-    def attend(self, handle: Handle, query: Tensor, mask: LazyMask | None, scale: float) -> Tensor:
+    def attend(self, handle: Handle, call: AttendRequest, mask: LazyMask | None) -> Tensor:
         """Attention [B, H * G, Q, D] of the call behind a handle, which then belongs to the past."""
         self.guard.begin(self.folded.layer, handle.call)
         stored = False
         try:
-            new = query.shape[2]
+            new = call.q.shape[2]
             pads = mask.pads(new, self.columns, self.holes) if mask is not None else no_pads(self.holes)
-            out = self.folded.attend(query, handle.k, handle.v, pads, scale)
+            out = self.folded.attend(call.q, call.k, call.v, pads, call.scale, call.softcap, call.sink_logits)
             for runs, n in zip(self.holes, pads, strict=True):
                 if n:
                     start = runs.pop()[0] if runs and runs[-1][1] == self.columns else self.columns
@@ -178,9 +181,10 @@ class FoldedCache(Cache):
         # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
         counted = [i for i, x in enumerate(layers) if not isinstance(x, LinearAttentionLayer)]
         self.guard = CallGuard(counted[-1] if counted else -1)
+        variant = variant_of(text.to_dict(), slides=False)
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                layers[i] = FoldedLayer(self.spec, i, backend, self.guard)
+                layers[i] = FoldedLayer(self.spec, i, backend, self.guard, variant)
             elif type(layer) not in STOCK_LAYERS:
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         super().__init__(layers=layers)

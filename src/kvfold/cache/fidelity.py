@@ -42,20 +42,21 @@ class Fidelity:
         before, self.pages = self.pages, self.pages + pages
         return pages > 0 and -(-before // self.every) < -(-self.pages // self.every)
 
-    def compare(self, q: Tensor, exact: tuple[Tensor, Tensor], folded: tuple[Tensor, Tensor], scale: float) -> None:
-        """Attention of queries [H * G, Q, D] over one page alone, by its exact and by its folded keys and values [H, 128, D]."""
+    def compare(self, call: AttendRequest, exact: tuple[Tensor, Tensor], folded: tuple[Tensor, Tensor]) -> None:
+        """Attention of one row's queries over one page alone, by its exact and by its folded keys and values [H, 128, D]."""
         heads = exact[0].shape[0]
-        rows = q[:, -QUERIES:].float().unflatten(0, (heads, -1)).flatten(1, 2) * scale
+        rows = call.q[0, :, -QUERIES:].float().unflatten(0, (heads, -1)).flatten(1, 2) * call.scale
         scores, outputs = [], []
         for k, v in (exact, folded):
-            scores.append(rows @ k.float().mT)
+            s = rows @ k.float().mT
+            scores.append(s if call.softcap is None else call.softcap * torch.tanh(s / call.softcap))
             outputs.append(scores[-1].softmax(-1) @ v.float())
         self.samples += 1
         self.score_squares += float((scores[1] - scores[0]).square().mean())
         self.output_squares += float((outputs[1] - outputs[0]).square().sum() / outputs[0].square().sum())
 
     def weigh(self, engine: Compares, call: AttendRequest, row: int) -> None:
-        """Add how much of the attention of a row's first new token falls on folded tokens.
+        """Add how much of the attention that a row's first new token has for tokens falls on folded ones.
 
         Values of exact tokens are replaced, once by ones and once by zeros: the outputs differ by the exact share.
         """
@@ -64,8 +65,9 @@ class Fidelity:
             return
         at = view.pads
         q, k, v = (x[row : row + 1, :, at : at + 1].contiguous() for x in (call.q, call.k, call.v))
+        one = replace(call, q=q, k=k, sink_logits=None)
         out = [
-            engine.attend(AttendRequest(q, k, torch.full_like(v, x), call.scale, [_with_values(view, x)])).float()
+            engine.attend(replace(one, v=torch.full_like(v, x), rows=[_with_values(view, x)])).float()
             for x in (0.0, 1.0)
         ]
         self.masses += 1

@@ -15,7 +15,16 @@ from kvfold.cache.pages import PagePool
 from kvfold.cache.sequence import Engine, LayerSequence, Staged, State
 from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.engine.request import AttendRequest, LayerShape
-from kvfold.errors import CacheMisuse, DeviceMismatch, DtypeMismatch, InvalidInput, NonFiniteInput, ShapeMismatch
+from kvfold.engine.variant import PLAIN, Variant
+from kvfold.errors import (
+    CacheMisuse,
+    DeviceMismatch,
+    DtypeMismatch,
+    InvalidInput,
+    NonFiniteInput,
+    ShapeMismatch,
+    Unsupported,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,9 +49,9 @@ MakeEngine = Callable[[CacheSpec, LayerShape, torch.dtype, torch.device], Attend
 class FoldedAttention:
     """Keys and values of one layer for a batch of sequences. Built on its first call, on the device of its first key."""
 
-    def __init__(self, spec: CacheSpec, layer: int, make_engine: MakeEngine) -> None:
+    def __init__(self, spec: CacheSpec, layer: int, make_engine: MakeEngine, variant: Variant = PLAIN) -> None:
         return_large_blocks()  # before the first call's activations, not after
-        self.spec, self.layer, self._make = spec, layer, make_engine
+        self.spec, self.layer, self._make, self.variant = spec, layer, make_engine, variant
         self.engine: AttendingEngine | None = None
         self.sequences: list[LayerSequence] = []
         self._built: tuple[int, int, torch.dtype, torch.device] | None = None  # heads, head_dim, ... of the engine
@@ -74,7 +83,8 @@ class FoldedAttention:
 
     def _build(self, built: tuple[int, int, torch.dtype, torch.device]) -> AttendingEngine:
         heads, dim, dtype, device = built
-        self.engine = self._make(self.spec, LayerShape(self.layer, heads, dim, dtype.itemsize), dtype, device)
+        shape = LayerShape(self.layer, heads, dim, dtype.itemsize, variant=self.variant)
+        self.engine = self._make(self.spec, shape, dtype, device)
         self.pool = PagePool(self.engine.page_bytes, device)
         self._built = built
         return self.engine
@@ -136,9 +146,23 @@ class FoldedAttention:
         engine = self.engine if self.engine is not None and self._built == built else self._build(built)
         self.sequences = [LayerSequence(engine, self.pool, k[0], v[0]) for _ in range(len(k))]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Sequence[int], scale: float) -> Tensor:
-        """Attention of a call's queries [B, H * G, Q, D] over the past and the call itself; then append the call."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pads: Sequence[int],
+        scale: float,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of a call's queries [B, H * G, Q, D] over the past and the call itself; then append the call.
+
+        softcap, sink_logits [H * G]: as the layer's variant announces; Unsupported otherwise.
+        """
         self.prepare(k, v)
+        call = AttendRequest(q, k, v, scale, [], softcap, sink_logits)
+        self._check_variant(call)
         if q.dim() != 4 or q.shape[1] % k.shape[1] or (len(q), *q.shape[2:]) != (len(k), *k.shape[2:]):
             raise ShapeMismatch(
                 f"layer {self.layer}: queries {tuple(q.shape)} do not fit keys {tuple(k.shape)}",
@@ -149,21 +173,29 @@ class FoldedAttention:
         if q.dtype != k.dtype:
             raise DtypeMismatch(f"layer {self.layer}: queries are {q.dtype}, keys {k.dtype}", "Use one dtype")
         self._check_finite(k, v, pads)
-        out = self._attend(q, k, v, pads, scale)
-        self._store(k, v, pads, q, scale)
+        out = self._attend(call, pads)
+        self._store(k, v, pads, call)
         return out
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Sequence[int], scale: float) -> Tensor:
+    def _check_variant(self, call: AttendRequest) -> None:
+        """Engines were chosen by what the layer announced: a call that asks for more is refused, never answered wrongly."""
+        wrong = "softcap" if call.softcap is not None and call.softcap != self.variant.softcap else ""
+        if call.sink_logits is not None and not self.variant.sink_logits:
+            wrong = "sink logits (s_aux)"
+        if wrong:
+            raise Unsupported(f"layer {self.layer}: its config announces no such {wrong}", "Use the stock cache for it")
+
+    def _attend(self, call: AttendRequest, pads: Sequence[int]) -> Tensor:
         """Engines are only given rows that have a token in the call; the others are zero."""
         rows = [s.view(p) for s, p in zip(self.sequences, pads, strict=True)]
-        some = [b for b, p in enumerate(pads) if p < k.shape[2]]
+        some = [b for b, p in enumerate(pads) if p < call.k.shape[2]]
         if len(some) < len(rows):
-            out = torch.zeros_like(q)
+            out = torch.zeros_like(call.q)
             if some:
-                part = AttendRequest(q[some], k[some], v[some], scale, [rows[b] for b in some])
+                part = replace(call, q=call.q[some], k=call.k[some], v=call.v[some], rows=[rows[b] for b in some])
                 out[some] = self.engine.attend(part)  # type: ignore[union-attr]
             return out
-        return self.engine.attend(AttendRequest(q, k, v, scale, rows))  # type: ignore[union-attr]
+        return self.engine.attend(replace(call, rows=rows))  # type: ignore[union-attr]
 
     def append(self, k: Tensor, v: Tensor, pads: Sequence[int]) -> None:
         """Append without attention, as a session being filled does. If a row fails, no row keeps the call's tokens."""
@@ -171,7 +203,7 @@ class FoldedAttention:
         self._check_finite(k, v, pads)
         self._store(k, v, pads)
 
-    def _store(self, k: Tensor, v: Tensor, pads: Sequence[int], q: Tensor | None = None, scale: float = 0.0) -> None:
+    def _store(self, k: Tensor, v: Tensor, pads: Sequence[int], call: AttendRequest | None = None) -> None:
         staged = []
         rows = [(s, k[b, :, p:], v[b, :, p:]) for b, (s, p) in enumerate(zip(self.sequences, pads, strict=True))]
         try:
@@ -181,8 +213,8 @@ class FoldedAttention:
             for (s, _, _), done in zip(rows, staged, strict=False):
                 s.discard(done)
             raise
-        if self.fidelity is not None and q is not None:
-            self._sample(self.fidelity, AttendRequest(q, k, v, scale, []), pads, staged)
+        if self.fidelity is not None and call is not None:
+            self._sample(self.fidelity, call, pads, staged)
         for (s, new_k, new_v), done in zip(rows, staged, strict=True):
             s.commit(done, new_k, new_v)
 
@@ -194,7 +226,7 @@ class FoldedAttention:
             if page * PAGE_TOKENS >= s.folded and fidelity.due(len(done.new)):
                 exact = s.tokens_of_page(page, call.k[b, :, p:], call.v[b, :, p:])
                 folded = self.engine.unfold(s.pool.row(done.new[-1])[None], done.state)  # type: ignore[union-attr]
-                fidelity.compare(call.q[b, :, p:], exact, folded, call.scale)
+                fidelity.compare(replace(call, q=call.q[b : b + 1, :, p:]), exact, folded)
                 rows = [x.view(pad) for x, pad in zip(self.sequences, pads, strict=True)]
                 fidelity.weigh(self.engine, replace(call, rows=rows), b)  # type: ignore[arg-type]
 
@@ -241,7 +273,7 @@ class FoldedAttention:
         return self._with([s.compact() for s in self.sequences])
 
     def _with(self, sequences: list[LayerSequence]) -> FoldedAttention:
-        other = FoldedAttention(self.spec, self.layer, self._make)
+        other = FoldedAttention(self.spec, self.layer, self._make, self.variant)
         other.__dict__.update(self.__dict__)
         other.sequences = sequences
         return other

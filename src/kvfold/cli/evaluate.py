@@ -70,6 +70,10 @@ def eval_(
     centre: Annotated[bool | None, typer.Option("--centre/--no-centre", help="Subtract the mean key.")] = None,
     scale: Annotated[str | None, typer.Option(help="norm, unbiased, least-squares or match, for both sides.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the rotations.")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Other caches to measure too, such as hf-quanto-4,kivi-2,rotated-q4,turboquant-3."),
+    ] = None,
     gate: Annotated[bool, typer.Option("--gate", help="Fail if the profile's stated tolerance is not kept.")] = False,
     dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
     revision: common.Revision = None,
@@ -81,7 +85,6 @@ def eval_(
     json: common.Json = False,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity through a folded cache against the model's own cache."""
-    from kvfold.evaluation.divergence import evaluate
     from kvfold.evaluation.gate import failures, stated
 
     spec = _spec(
@@ -101,17 +104,44 @@ def eval_(
     loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, chat_template, offline))
     from kvfold.evaluation.text import windows as cut
 
-    with common.progress("scoring") as report:
-        result = evaluate(loaded.model, cut(content, loaded.tokenizer, windows, window_tokens, skip), spec, report)
+    parts = cut(content, loaded.tokenizer, windows, window_tokens, skip)
+    result, others = _measured(loaded.model, parts, spec, baseline.split(",") if baseline else [])
     broken = failures(result, limits) if limits is not None else []
     if limits is not None:
         result |= {"gate_passed": not broken, "gate_failures": broken}
+    if baseline:
+        result |= {"baselines": others}
     if json:
         common.show_json(result)
     else:
-        common.show_fields(result, f"{model}, profile {profile}, {windows} windows of {window_tokens}")
+        _show(result, f"{model}, profile {profile}, {windows} windows of {window_tokens}")
     if broken:
         raise typer.Exit(1)
+
+
+# Of a baseline on a terminal; --json has all.
+BRIEF = ("baseline", "kld_mean", "kld_se", "top1_agreement", "perplexity_change", "bits_per_value", "exact_tokens_mean")
+
+
+def _show(result: dict[str, Any], title: str) -> None:
+    others = result.pop("baselines", [])
+    common.show_fields(result, title)
+    if others:
+        common.show_table([{k: r[k] for k in BRIEF} for r in others], "baselines")
+
+
+def _measured(
+    model: Any, parts: list[list[int]], spec: CacheSpec, baselines: list[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures of the folded cache, and of each baseline with its name."""
+    from kvfold.evaluation.contenders import Folded, baseline
+    from kvfold.evaluation.divergence import figures, score
+
+    others = [baseline(name.strip(), model.config, spec.seed) for name in baselines]
+    with common.progress("scoring") as report:
+        own, *theirs = score(model, parts, [Folded("folded", model.config, spec), *others], report)
+    rows = [{"baseline": c.name, **figures(x)} for c, x in zip(others, theirs, strict=True)]
+    return figures(own), rows
 
 
 def read_text(path: Path | None) -> str:

@@ -167,18 +167,19 @@ class TorchEngine:
         for b, view in enumerate(request.rows):
             p = view.pads
             out[b, :, p:] = self._attend_row(
-                request.q[b, :, p:], request.k[b, :, p:], request.v[b, :, p:], request.scale, view
+                request.q[b, :, p:], request.k[b, :, p:], request.v[b, :, p:], request, view
             ).to(out.dtype)
         return out
 
-    def _attend_row(self, q: Tensor, k: Tensor, v: Tensor, scale: float, view: SequenceView) -> Tensor:
+    def _attend_row(self, q: Tensor, k: Tensor, v: Tensor, call: AttendRequest, view: SequenceView) -> Tensor:
         heads, dim = self.shape.kv_heads, self.shape.head_dim
         new = q.shape[1]
         groups = q.shape[0] // heads
         # Rows are (query token, query of the group), token-major, so that a causal tile is a slice.
-        rows = (q.float() * scale).unflatten(0, (heads, groups)).transpose(1, 2).flatten(1, 2)
+        rows = (q.float() * call.scale).unflatten(0, (heads, groups)).transpose(1, 2).flatten(1, 2)
         # Without pages there is nothing to lift, and no codec state to lift it with.
         online = _Online(heads, rows.shape[1], self.value.latent if view.runs else dim, q.device)
+        online.softcap = call.softcap
         if view.runs:
             self._pages(online, rows, view)
             online.values = self.value.lift(online.values, view.state_v)
@@ -203,6 +204,8 @@ class TorchEngine:
                     at=slice(i * groups, j * groups),
                     mask=mask.repeat_interleave(groups, dim=0) if i < stop else None,
                 )
+        if call.sink_logits is not None:
+            online.sink(call.sink_logits.float().unflatten(0, (heads, groups)).repeat(1, new))
         o = online.values / online.mass[..., None]
         return o.unflatten(1, (new, groups)).transpose(1, 2).reshape(heads * groups, new, dim)
 
@@ -255,6 +258,7 @@ class _Online:
         self.maximum = torch.full((heads, rows), NEGATIVE, device=device)
         self.mass = torch.zeros(heads, rows, device=device)
         self.values = torch.zeros(heads, rows, latent, device=device)
+        self.softcap: float | None = None
 
     def block(
         self,
@@ -269,6 +273,8 @@ class _Online:
         s = q @ k.mT
         if offset is not None:
             s += offset
+        if self.softcap is not None:
+            s.div_(self.softcap).tanh_().mul_(self.softcap)
         if mask is not None:
             s.masked_fill_(mask, NEGATIVE)
         old = self.maximum[:, at]
@@ -281,3 +287,10 @@ class _Online:
         self.maximum[:, at] = top
         self.mass[:, at] = self.mass[:, at] * shrink + s.sum(-1)
         self.values[:, at] = torch.baddbmm(self.values[:, at] * shrink[..., None], s, v)
+
+    def sink(self, logits: Tensor) -> None:
+        """Add logits [H, rows] that take weight and give no value."""
+        top = torch.maximum(self.maximum, logits)
+        shrink = torch.exp(self.maximum - top)
+        self.maximum, self.mass = top, self.mass * shrink + torch.exp(logits - top)
+        self.values = self.values * shrink[..., None]

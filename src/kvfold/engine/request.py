@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvfold.engine.variant import PLAIN, Variant
+
 
 @dataclass(frozen=True)
 class LayerShape:
     """Fixed facts of one layer. head dims of keys and values may differ only for codecs that say so.
 
     first_head: the model's own number of the first KV head, where a process holds only some of a layer's heads.
+    variant: what its calls may ask of the softmax.
     """
 
     layer: int
@@ -19,6 +22,7 @@ class LayerShape:
     head_dim: int
     dtype_bytes: int
     first_head: int = 0
+    variant: Variant = PLAIN
 
     @property
     def heads(self) -> range:
@@ -50,10 +54,15 @@ class SequenceView:
 
 @dataclass(frozen=True)
 class AttendRequest:
-    """q [B, H * G, Q, D]; k, v [B, H, Q, D] of the same call; softmax scale; one view per row."""
+    """q [B, H * G, Q, D]; k, v [B, H, Q, D] of the same call; softmax scale; one view per row.
+
+    softcap, sink_logits [H * G]: see Variant. An engine is given them only in layers whose shape announces them.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     scale: float
     rows: list[SequenceView]
+    softcap: float | None = None
+    sink_logits: Tensor | None = None

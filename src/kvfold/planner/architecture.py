@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvfold.engine.variant import Variant
 from kvfold.errors import UnsupportedModel
 from kvfold.planner.model import Attention, Layer, Model
 from kvfold.planner.states import conv_state, linear_width, running_state
@@ -51,6 +52,13 @@ FULL_EVERY = {
     "qwen3_next": 4,
     "qwen3_5_text": 4,
     "qwen3_5_moe_text": 4,
+}
+
+
+# Families whose layers have a learned logit in their softmax: no config says so.
+SINK_LOGITS = {
+    **dict.fromkeys(("gpt_oss", "granite_swa", "granitemoe_swa"), ("full", "sliding")),
+    "mimo_v2_flash": ("sliding",),
 }
 
 
@@ -168,7 +176,15 @@ def _attention(text: Config, i: int, heads: int, hidden: int, slides: bool) -> A
     dim = own.get("head_dim") or text.get("head_dim") or text.get("attention_head_dim") or hidden // heads
     value = own.get("v_head_dim") or text.get("v_head_dim") or dim
     window = own.get("sliding_window") or text.get("sliding_window") or text.get("attention_chunk_size")
-    return Attention(int(kv or heads), int(dim), int(value), int(window) if slides and window else None)
+    reach = int(window) if slides and window else None
+    return Attention(int(kv or heads), int(dim), int(value), reach, variant=variant_of(text, slides))
+
+
+def variant_of(text: Config, slides: bool) -> Variant:
+    """The softmax of a text config's full, or sliding, layers."""
+    with_sinks = SINK_LOGITS.get(str(text.get("model_type")), ())
+    softcap = text.get("attn_logit_softcapping")
+    return Variant(float(softcap) if softcap else None, ("sliding" if slides else "full") in with_sinks)
 
 
 def _overrides(text: Config, i: int, slides: bool) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvfold.engine.variant import PLAIN, Variant
+
 FLOAT32_BYTES = 4
 
 
@@ -13,6 +15,7 @@ class Attention:
 
     window: tokens a query reads, its own included, in sliding and chunked layers; None: all there are. latent: multi-head
     latent attention, whose one head keeps the rotary key (key_dim) and the latent (value_dim), which is key and value.
+    variant: its softmax, which decides what engine runs it.
     """
 
     kv_heads: int
@@ -20,6 +23,7 @@ class Attention:
     value_dim: int
     window: int | None = None
     latent: bool = False
+    variant: Variant = PLAIN
 
     @property
     def values(self) -> int:
