@@ -1,4 +1,5 @@
-"""Run a kvfold command with --json and append its figures, with where they come from, to bench/results/<verb>.csv.
+"""Run a kvfold command with --json and append its figures, with where they come from, to bench/results/<verb>.csv
+(an eval with baselines to baselines.csv, our own figures first).
 
 python scripts/record.py eval demo --profile balanced
 python scripts/record.py needle demo --contexts 2k,8k --trials 5
@@ -44,10 +45,11 @@ def provenance(arguments: list[str]) -> dict[str, str]:
 
 
 def flat(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per entry of `rows`, or one in all."""
-    if "rows" in result:
-        return [dict(row) for row in result["rows"]]
-    return [{k: v for k, v in result.items() if not isinstance(v, list | dict)}]
+    """One row per entry of `rows`, or one in all and one per baseline, without lists."""
+    rows = result.get("rows") or [result]
+    if "baselines" in result:
+        rows = [{"baseline": "", **result}, *result["baselines"]]
+    return [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in rows]
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -69,7 +71,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(done.stdout)
     where = provenance(arguments)
     rows = [{**where, **row} for row in flat(json.loads(done.stdout))]
-    append(ROOT / "bench" / "results" / f"{arguments[0]}.csv", rows)
+    name = "baselines" if "--baseline" in arguments else arguments[0]
+    append(ROOT / "bench" / "results" / f"{name}.csv", rows)
     for row in rows:
         print(json.dumps({k: v for k, v in row.items() if k not in where}))
 

@@ -34,10 +34,31 @@ def option(row: Row, name: str, default: str) -> str:
     return found[1] if found else default
 
 
+def model_name(row: Row) -> str:
+    return row["command"].split()[2].replace("demo", "recall-llama-12m").removeprefix("recall-").rsplit("-", 1)[0]
+
+
+def baselines_table() -> str:
+    """Fewest bits first, a column per model; the last row of each model and contender."""
+    cells: dict[str, dict[str, Row]] = {}
+    for r in read("baselines"):
+        name = r["baseline"] or f"kvfold {option(r, 'profile', 'balanced')}"
+        cells.setdefault(name, {})[model_name(r)] = r
+    body = []
+    for name, rows in sorted(cells.items(), key=lambda c: float(c[1]["llama"]["bits_per_value"])):
+        of = [rows[m] for m in ("llama", "biased", "hybrid")]
+        bits = " / ".join(f"{float(r['bits_per_value']):.3f}" for r in of)
+        kld = [f"{float(r['kld_mean']):.5f} ± {float(r['kld_se']):.5f}" for r in of]
+        top = " / ".join(f"{100 * float(r['top1_agreement']):.1f}" for r in of)
+        body.append([name, bits, *kld, top, f"{float(of[0]['exact_tokens_mean']):.0f}"])
+    head = ["cache", "bits llama / biased / hybrid", "KLD llama", "biased", "hybrid"]
+    return markdown([*head, "same top token, %", "exact tokens, mean"], body)
+
+
 def eval_table() -> str:
     body = []
     for r in latest(read("eval")):
-        model = r["command"].split()[2].replace("demo", "recall-llama-12m").removeprefix("recall-").rsplit("-", 1)[0]
+        model = model_name(r)
         profile = "plain" if "--no-centre" in r["command"] else option(r, "profile", "balanced")
         if skip := option(r, "skip", ""):
             profile += f", {skip} windows on"
@@ -135,6 +156,7 @@ def plan_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "eval": eval_table,
+    "baselines": baselines_table,
     "needle": needle_table,
     "demo": demo_table,
     "memory": memory_table,

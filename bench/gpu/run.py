@@ -152,11 +152,15 @@ def test_variants() -> list[tuple[str, tuple[int, ...]]]:
     from kvfold.engine.cuda.arguments import WARPS, plan_rings
 
     out: list[tuple[str, tuple[int, ...]]] = []
+    trellis = ((17, 15), (16, 14), (15, 13), (14, 12), (13, 17), (12, 16), (16, 4), (3, 14))
     for dim in (64, 128, 256):
+        out += [("viterbi.cu", (dim, *w)) for w in ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4))]
+        for k, v in (*trellis, (17, 17), (14, 14)):
+            out += [("unfold.cu", (dim, k, v, 1, 0)), ("unfold.cu", (dim, k, v, 0, 1))]
         for k, v in itertools.product((4, 3, 2, 1), repeat=2):
             out += [("fold.cu", (dim, k, v, 1, 0)), ("fold.cu", (dim, k, v, 0, 1))]
         for d, groups in WARPS:
-            for k, v in ((4, 4), (3, 3), (2, 2), (1, 1), (4, 3), (3, 1), (1, 4)):
+            for k, v in ((4, 4), (3, 3), (2, 2), (1, 1), (4, 3), (3, 1), (1, 4), *trellis):
                 for bulk, half in ((1, 0), (0, 0), (1, 1), (0, 1)):
                     if d == dim and not (half and groups > 1):
                         warps, slots = plan_rings(dim, (k, v), True, groups, 232448)
@@ -179,6 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--formats", default="4,3,u,2")
     parser.add_argument("--shapes", default="1x32768,1x131072,16x32768,16x131072")
+    parser.add_argument("--only", default="", help="tests whose names fit this expression of pytest's -k")
     parser.add_argument("--extras", action="store_true", help="also time parts of the kernel and the cp.async path")
     args = parser.parse_args()
     parts = args.parts.split(",")
@@ -196,6 +201,7 @@ def main() -> None:
                 "-p",
                 "no:cacheprovider",
                 "--tb=short",
+                *(["-k", args.only] if args.only else []),
                 "--durations=5",
                 "tests/kernels/test_cuda_engine.py",
             ]

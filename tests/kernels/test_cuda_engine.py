@@ -19,7 +19,18 @@ from kvfold.errors import NonFiniteInput
 # Rule: error <= 2 x that of plain attention over the unfolded pages in the model's dtype, both against float32 attention.
 # FLOOR is for rows so short that plain code is luckier than its own rounding: one rounding of the output.
 FLOOR = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
-CODECS = {"4": ("mse", 4), "3": ("mse", 3), "2": ("mse", 2), "u": ("uniform", 2)}
+CODECS = {
+    "4": ("mse", 4),
+    "3": ("mse", 3),
+    "2": ("mse", 2),
+    "u": ("uniform", 2),
+    "a": ("trellis", 3.5),
+    "b": ("trellis", 2.5),
+    "c": ("trellis", 3),
+    "d": ("trellis", 2),
+    "e": ("trellis", 1.5),
+    "f": ("trellis", 1),
+}
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -27,8 +38,11 @@ def spec_of(key: str, value: str, **more: object) -> CacheSpec:
     (kc, kb), (vc, vb) = CODECS[key], CODECS[value]
     options: dict[str, object] = {"sinks": 4, "window": 64, "seed": random.randrange(1 << 31), **more}
     search = int(options.pop("search", 3))  # type: ignore[call-overload]
+    grids = {"trellis": 1}  # what a trellis code searches are paths
     return CacheSpec(
-        SideSpec(kc, kb, "unbiased", search=search), SideSpec(vc, vb, "least-squares", search=search), **options
+        SideSpec(kc, kb, "unbiased", search=grids.get(kc, search)),
+        SideSpec(vc, vb, "least-squares", search=grids.get(vc, search)),
+        **options,
     )  # type: ignore[arg-type]
 
 
@@ -49,7 +63,10 @@ def vectors(*shape: int, dtype: torch.dtype, offset: float = 0.0) -> torch.Tenso
     return (x + offset * torch.randn(shape[-1])).to(dtype)
 
 
-@pytest.mark.parametrize(("key", "value"), list(itertools.product("432u", repeat=2)))
+TRELLIS = [("a", "b"), ("c", "d"), ("b", "e"), ("d", "f"), ("e", "a"), ("f", "c"), ("c", "4"), ("3", "d")]
+
+
+@pytest.mark.parametrize(("key", "value"), [*itertools.product("432u", repeat=2), *TRELLIS])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_fold_bytes_equal_the_canonical_encoder(key: str, value: str, dim: int) -> None:
     for dtype, centre, search, sinks in (
@@ -159,7 +176,7 @@ VARIED = [(3968, 130, 0), (0, 5, 0), (128, 64, 0), (1000, 0, 0), (256, 191, 0), 
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("4", "4"), ("3", "3"), ("2", "2"), ("u", "u"), ("4", "3"), ("3", "u"), ("u", "4")]
+    ("key", "value"), [("4", "4"), ("3", "3"), ("2", "2"), ("u", "u"), ("4", "3"), ("3", "u"), ("u", "4"), *TRELLIS]
 )
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("bulk", [True, False])
@@ -173,12 +190,12 @@ def test_decode(key: str, value: str, dim: int, bulk: bool) -> None:
 @pytest.mark.parametrize(("groups", "new"), [(1, 4), (2, 2), (8, 1), (16, 1), (4, 4), (5, 6), (4, 16)])
 def test_several_queries(groups: int, new: int) -> None:
     rows = [(3968, 130, 0), (0, 0, 0), (128, 64, new - 1), (1024, 7, new // 2), (0, 3, new)]
-    for key, centre, sinks in (("4", True, 4), ("3", False, 0), ("u", True, 70)):
+    for key, centre, sinks in (("4", True, 4), ("3", False, 0), ("u", True, 70), ("a", True, 4), ("d", False, 0)):
         cuda, plain = engines(spec_of(key, key, centre=centre, sinks=sinks), 2, 128, torch.bfloat16)
         assert attend_both(cuda, plain, rows, groups, new, torch.bfloat16) < 1
 
 
-@pytest.mark.parametrize(("key", "value"), [("4", "3"), ("3", "u"), ("u", "2"), ("2", "4")])
+@pytest.mark.parametrize(("key", "value"), [("4", "3"), ("3", "u"), ("u", "2"), ("2", "4"), *TRELLIS[:4]])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_prefill_over_pages(key: str, value: str, dim: int) -> None:
     rows = [(0, 0, 0), (3968, 130, 0), (1000, 7, 30), (128, 64, 199), (256, 9, 200)]

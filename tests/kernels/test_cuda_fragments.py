@@ -7,17 +7,28 @@ import itertools
 import pytest
 import torch
 
+from kvfold.codebook.trellis import code
 from kvfold.config import CacheSpec, SideSpec
 from kvfold.engine.cuda.fragments import Fragments, bits_of, format_of, from_words, index, to_words
+from kvfold.engine.cuda.streams import pack_streams, unpack_streams
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import LayerShape
 
 CODECS = [("mse", 4), ("mse", 3), ("mse", 2), ("uniform", 2)]
+TRELLIS = [("trellis", b) for b in (1, 1.5, 2, 2.5, 3, 3.5)]
 
 
-@pytest.mark.parametrize(("key", "value"), list(itertools.product(CODECS, repeat=2)))
+PAIRS = [
+    *itertools.product(CODECS, repeat=2),
+    *itertools.pairwise(TRELLIS),
+    (TRELLIS[5], CODECS[1]),
+    (CODECS[0], TRELLIS[0]),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), PAIRS)
 @pytest.mark.parametrize(("dim", "centre"), [(64, True), (128, True), (128, False), (256, True)])
-def test_round_trip(key: tuple[str, int], value: tuple[str, int], dim: int, centre: bool) -> None:
+def test_round_trip(key: tuple[str, float], value: tuple[str, float], dim: int, centre: bool) -> None:
     spec = CacheSpec(SideSpec(*key, "unbiased"), SideSpec(*value, "least-squares"), centre=centre)
     plain = TorchEngine(spec, LayerShape(0, 2, dim, 2), torch.float32, torch.device("cpu"))
     fragments = Fragments(plain.layout, format_of(*key), format_of(*value))
@@ -41,3 +52,29 @@ def test_words_hold_every_bit(fmt: int) -> None:
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_index_is_a_permutation(fmt: int, value: bool, dim: int) -> None:
     assert torch.equal(index(dim, fmt, value).sort().values, torch.arange(64 * dim))
+
+
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 2.5, 3, 3.5])
+@pytest.mark.parametrize(("dim", "value"), [(64, False), (128, True), (256, False), (256, True)])
+def test_streams_hold_runs_most_significant_bit_first(bits: float, dim: int, value: bool) -> None:
+    """Lane 4 g + t of keys: coordinates (D/4) t .. of tokens 8 i + g; of values: (D/8) g .. of tokens 8 (4 f + b) + t + 4 r."""
+    book = code(bits)
+    symbols = torch.stack([torch.randint(0, 1 << book.widths[i % book.period], (64,)) for i in range(dim)], dim=1)
+    packed = pack_streams(symbols.to(torch.uint8), book, value)
+    assert torch.equal(unpack_streams(packed, dim, book, value), symbols.to(torch.uint8))
+    words = packed.view(torch.int32).long() & 0xFFFFFFFF
+    piece = 2 if len(words) // 32 % 4 else 4
+    for lane in (0, 5, 31):
+        g, t = divmod(lane, 4)
+        own = [int(w) for w in words.view(-1, 32, piece)[:, lane].flatten()]
+        stream = "".join(f"{w:032b}" for w in own)
+        run = dim // 8 if value else dim // 4
+        start = (g if value else t) * run
+        order = [(f, r, b) for f in (0, 1) for r in (0, 1) for b in range(4)]
+        tokens = [8 * (4 * f + b) + t + 4 * r for f, r, b in order] if value else [8 * i + g for i in range(8)]
+        want = "".join(
+            f"{int(symbols[token, c]):0{book.widths[c % book.period]}b}"
+            for token in tokens
+            for c in range(start, start + run)
+        )
+        assert stream == want

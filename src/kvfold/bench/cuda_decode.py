@@ -10,11 +10,25 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvfold.bench.cuda_timing import Timing, rotations, time_calls, time_launches
+from kvfold.codebook import table
+from kvfold.codebook.trellis import code
 from kvfold.config import CacheSpec, SideSpec
 from kvfold.engine.cuda.engine import CudaEngine, sequence_words
+from kvfold.engine.cuda.fragments import UNIT
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
 
-CODECS = {"4": ("mse", 4), "3": ("mse", 3), "2": ("mse", 2), "u": ("uniform", 2)}
+CODECS = {
+    "4": ("mse", 4),
+    "3": ("mse", 3),
+    "2": ("mse", 2),
+    "u": ("uniform", 2),
+    "a": ("trellis", 3.5),
+    "b": ("trellis", 2.5),
+    "c": ("trellis", 3),
+    "d": ("trellis", 2),
+    "e": ("trellis", 1.5),
+    "f": ("trellis", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,11 @@ class Shape:
 
 def engine(key: str, value: str, shape: Shape, bulk: bool | None = None, search: int = 1) -> CudaEngine:
     (kc, kb), (vc, vb) = CODECS[key], CODECS[value]
-    spec = CacheSpec(SideSpec(kc, kb, "unbiased", search=search), SideSpec(vc, vb, "least-squares", search=search))
+    grids = {"trellis": 1}  # what a trellis code searches are paths
+    spec = CacheSpec(
+        SideSpec(kc, kb, "unbiased", search=grids.get(kc, search)),
+        SideSpec(vc, vb, "least-squares", search=grids.get(vc, search)),
+    )
     return CudaEngine(
         spec, LayerShape(0, shape.kv_heads, shape.dim, 2), torch.bfloat16, torch.device("cuda", 0), bulk=bulk
     )
@@ -47,14 +65,18 @@ def random_pages(e: CudaEngine, count: int) -> Tensor:
     rows = torch.randint(-(2**31), 2**31 - 1, (count, f.page_bytes // 4), dtype=torch.int32, device=device).view(
         torch.uint8
     )
-    half = rows.view(count, e.shape.kv_heads, 2, f.half_bytes)
-
-    def put(at: int, scale: Tensor) -> None:
-        half[..., at : at + 2 * scale.shape[-1]] = scale.half().view(torch.uint8)
-
-    for side, book in zip(("key", "value"), e._books, strict=True):
-        at = f._codes(side, 0)
-        put(at.stop, (0.2 + 1.6 * torch.rand(count, e.shape.kv_heads, 2, 64, device=device)) * book.step)
+    regions = rows.view(count, e.shape.kv_heads, f.head_bytes)
+    for side, spec in (("key", e.spec.key), ("value", e.spec.value)):
+        step = code(spec.bits).step if spec.codec == "trellis" else float(table(spec.codec, int(spec.bits), f.dim).step)
+        for half in (0, 1):
+            scales = f._scales(regions, side, half)
+            if spec.codec == "trellis":  # headers stay random
+                unit = torch.full((1,), step / 32, dtype=torch.float16, device=device).view(torch.uint8)
+                scales[..., 1] = 0
+                scales[..., UNIT, 1] = unit
+            else:
+                scale = (0.2 + 1.6 * torch.rand(scales.shape[:-1], device=device)) * step
+                scales[:] = scale.half()[..., None].view(torch.uint8)
     return rows
 
 

@@ -1,12 +1,13 @@
-"""KL divergence, top-1 agreement and perplexity of a model through a folded cache, against the same model's stock cache.
+"""KL divergence, top-1 agreement and perplexity of a model through a folded cache, or another contender, against its stock cache.
 
-Both caches are fed the same calls of CALL_TOKENS tokens and every position is scored: KL(reference || folded) in nats.
+All caches are fed the same calls of CALL_TOKENS tokens and every position is scored: KL(reference || folded) in nats.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvfold.adapters.hf_transformers import FoldedCache, attach
-from kvfold.config import PAGE_TOKENS, CacheSpec
+from kvfold.adapters.hf_transformers import attach
+from kvfold.config import CacheSpec
 from kvfold.errors import EvaluationError
+from kvfold.evaluation.contenders import Contender, Folded
+
+Progress = Callable[[int, int], None]
 
 CALL_TOKENS = 64
 SURE = 0.9  # probability of its most likely token above which the reference counts as sure
@@ -29,51 +33,102 @@ def compare(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
 
 
-def _exact_read(cache: FoldedCache, call: int) -> list[int]:
-    """How many tokens each query of the coming call will read exactly, itself included."""
-    s = cache.folded_layers[0].folded.sequences
-    past = s[0].exact_tokens if s else 0
-    return [past + i + 1 for i in range(call)]
+@dataclass
+class Scores:
+    """What one contender did, position by position, over windows of `lengths` tokens, one after the other.
+
+    On the CPU, [n]: kl, nll and nll_reference float64 (the last token of a window has no nll), same and sure bool, top
+    and top_reference int64 (most likely tokens). exact: tokens that each query read exactly, itself included. sizes: of
+    its last cache.
+    """
+
+    kl: Tensor
+    same: Tensor
+    sure: Tensor
+    top: Tensor
+    top_reference: Tensor
+    nll: Tensor
+    nll_reference: Tensor
+    exact: list[int]
+    sizes: dict[str, float | int]
+    lengths: list[int]
+
+
+class _Tally:
+    """A contender's scores while they are made."""
+
+    def __init__(self, contender: Contender) -> None:
+        self.contender, self.cache = contender, contender.start()
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.exact: list[int] = []
+
+    def call(self, model: Any, ids: Tensor, following: Tensor, reference: Tensor) -> None:
+        """Feed ids [1, n] and score logits against reference [n, vocabulary]; following [m, 1] are the next tokens."""
+        past = self.contender.exact_tokens(self.cache)
+        self.exact += [past + i + 1 for i in range(ids.shape[1])]
+        logits = model(ids, past_key_values=self.cache).logits[0].float()
+        kl, same = compare(logits, reference)
+        sure = reference.softmax(-1).amax(-1) > SURE
+        tops = logits.argmax(-1), reference.argmax(-1)
+        self.parts.append((kl, same, sure, *tops, _nll(logits, following), _nll(reference, following)))
+
+    def scores(self, lengths: list[int]) -> Scores:
+        kl, same, sure, top, top_reference, nll, nll_reference = (
+            torch.cat(x).cpu() for x in zip(*self.parts, strict=True)
+        )
+        sizes = self.contender.sizes(self.cache)
+        return Scores(kl, same, sure, top, top_reference, nll, nll_reference, self.exact, sizes, lengths)
+
+
+def _nll(logits: Tensor, following: Tensor) -> Tensor:
+    return -logits[: len(following)].log_softmax(-1).gather(-1, following)[:, 0].double()
 
 
 @torch.no_grad()
-def evaluate(
+def score(
     model: Any,
     windows: list[list[int]],
-    spec: CacheSpec,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """The `eval` command's figures for `windows` of equal length. Attaches the model while it runs."""
-    device = model.device
-    kl, same, sure, nll, nll_reference, exact = [], [], [], [], [], []
-    cache: FoldedCache | None = None
+    contenders: Sequence[Contender],
+    progress: Progress = lambda done, total: None,
+) -> list[Scores]:
+    """Every contender on `windows` of token ids, all against one run of the stock cache. Attaches the model while it runs.
+
+    Raises EvaluationError if there is no window or the model's own logits are not finite.
+    """
+    if not windows:
+        raise EvaluationError("there is no window to evaluate", "Ask for at least one window")
     calls = sum(-(-len(w) // CALL_TOKENS) for w in windows)
     done = 0
+    tallies = [_Tally(c) for c in contenders]
     with attach(model):
         for window in windows:
-            ids = torch.tensor([window], device=device)
-            stock, cache = DynamicCache(config=model.config), FoldedCache(model.config, spec=spec)
+            ids = torch.tensor([window], device=model.device)
+            stock = DynamicCache(config=model.config)
+            for tally in tallies:
+                tally.cache = tally.contender.start()
             for start in range(0, ids.shape[1], CALL_TOKENS):
                 part = ids[:, start : start + CALL_TOKENS]
+                following = ids[0, start + 1 : start + 1 + part.shape[1], None]
                 reference = model(part, past_key_values=stock).logits[0].float()
                 if not bool(torch.isfinite(reference).all()):
                     raise EvaluationError("the model's own logits are not finite", "Try --dtype float32")
-                exact += _exact_read(cache, part.shape[1])
-                logits = model(part, past_key_values=cache).logits[0].float()
-                k, s = compare(logits, reference)
-                kl.append(k)
-                same.append(s)
-                sure.append(reference.softmax(-1).amax(-1) > SURE)
-                following = ids[0, start + 1 : start + 1 + part.shape[1], None]
-                n = len(following)
-                nll.append(-logits[:n].log_softmax(-1).gather(-1, following)[:, 0].double())
-                nll_reference.append(-reference[:n].log_softmax(-1).gather(-1, following)[:, 0].double())
+                for tally in tallies:
+                    tally.call(model, part, following, reference)
                 done += 1
                 progress(done, calls)
-    if cache is None:
-        raise EvaluationError("there is no window to evaluate", "Ask for at least one window")
-    result = _summary(torch.cat(kl), torch.cat(same), torch.cat(nll), torch.cat(nll_reference), exact, cache)
-    return result | worst(torch.cat(kl), torch.cat(same), torch.cat(sure), [len(w) for w in windows])
+    return [t.scores([len(w) for w in windows]) for t in tallies]
+
+
+def evaluate(
+    model: Any, windows: list[list[int]], spec: CacheSpec, progress: Progress = lambda done, total: None
+) -> dict[str, Any]:
+    """The `eval` command's figures of a folded cache for `windows` of equal length; see `score`."""
+    return figures(score(model, windows, [Folded("folded", model.config, spec)], progress)[0])
+
+
+def figures(scores: Scores) -> dict[str, Any]:
+    """The `eval` command's figures of one contender."""
+    return _summary(scores) | worst(scores.kl, scores.same, scores.sure, scores.lengths)
 
 
 def worst(kl: Tensor, same: Tensor, sure: Tensor, lengths: list[int]) -> dict[str, Any]:
@@ -97,27 +152,26 @@ def worst(kl: Tensor, same: Tensor, sure: Tensor, lengths: list[int]) -> dict[st
     }
 
 
-def _summary(
-    kl: Tensor, same: Tensor, nll: Tensor, nll_reference: Tensor, exact: list[int], cache: FoldedCache
-) -> dict[str, float | int]:
+def _summary(scores: Scores) -> dict[str, float | int]:
+    kl, nll, exact = scores.kl, scores.nll, scores.exact
     n = len(kl)
-    change = math.exp(float((nll - nll_reference).mean())) - 1
-    layers = [x["bits_per_value"] for x in cache.report()["layers"] if x["kind"] == "folded"]
+    change = math.exp(float((nll - scores.nll_reference).mean())) - 1
+    sizes = scores.sizes
     return {
         "kld_mean": float(kl.mean()),
         "kld_se": float(kl.std() / math.sqrt(n)),
         "kld_p99": float(kl.quantile(0.99)),
         "kld_max": float(kl.max()),
-        "top1_agreement": float(same.double().mean()),
+        "top1_agreement": float(scores.same.double().mean()),
         "perplexity": math.exp(float(nll.mean())),
-        "perplexity_reference": math.exp(float(nll_reference.mean())),
+        "perplexity_reference": math.exp(float(scores.nll_reference.mean())),
         "perplexity_change": change,
-        "perplexity_change_se": float((nll - nll_reference).std() / math.sqrt(len(nll))) * (1 + change),
-        "bits_per_value": sum(layers) / len(layers) if layers else 16.0,
-        "cache_bytes": cache.nbytes,
-        "reference_bytes": cache.reference_bytes,
+        "perplexity_change_se": float((nll - scores.nll_reference).std() / math.sqrt(len(nll))) * (1 + change),
+        "bits_per_value": sizes["bits_per_value"],
+        "cache_bytes": sizes["cache_bytes"],
+        "reference_bytes": sizes["reference_bytes"],
         "exact_tokens_mean": sum(exact) / len(exact),
         "exact_tokens_max": max(exact),
-        "page_tokens": PAGE_TOKENS,
+        "page_tokens": sizes["page_tokens"],
         "positions": n,
     }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from kvfold.errors import EvaluationError, InvalidConfig
-from kvfold.evaluation.divergence import evaluate
+from kvfold.evaluation.divergence import Progress, evaluate
 from kvfold.profiles import Profile, Tolerance, levels, load
 
-Progress = Callable[[int, int], None]
 # An evaluation's own noise: a limit counts as kept if the figure less this many standard errors keeps it.
 STANDARD_ERRORS = 2
 

@@ -7,10 +7,11 @@ import ctypes
 import numpy as np
 
 from kvfold.codebook import table
+from kvfold.codebook.trellis import STATES, code
 from kvfold.config import SideSpec
-from kvfold.engine.cuda.fragments import SCALE_BYTES, bits_of
+from kvfold.engine.cuda.fragments import SCALE_BYTES, TRELLIS, code_bytes
+from kvfold.engine.cuda.streams import ZERO
 
-ZERO = 64  # kernels/formats.cuh: what is added to a level to make it a byte
 # Per multiprocessor; 40 kB would hide the latency at 4.3 TB/s. From 2 slots of 3 kB per warp on nothing is gained.
 IN_FLIGHT_BYTES = 112 << 10
 # Column groups of 4 queries that one block walks at once, and warps that leave enough registers for them.
@@ -29,6 +30,8 @@ class DecodeArgs(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("key", Levels),
         ("value", Levels),
+        ("key_pairs", ctypes.c_void_p),
+        ("value_pairs", ctypes.c_void_p),
     )
 
 
@@ -42,6 +45,8 @@ class UnfoldArgs(ctypes.Structure):
         ("head", ctypes.c_longlong),
         ("key", Levels),
         ("value", Levels),
+        ("key_pairs", ctypes.c_void_p),
+        ("value_pairs", ctypes.c_void_p),
     )
 
 
@@ -57,7 +62,9 @@ class FoldArgs(ctypes.Structure):
 
 
 def levels_of(spec: SideSpec, dim: int) -> Levels:
-    """Level + ZERO of every code, repeated to 16 bytes."""
+    """Level + ZERO of every code, repeated to 16 bytes; of a trellis code its start states."""
+    if spec.codec == "trellis":
+        return Levels((ctypes.c_uint8 * 16)(*code(spec.bits).starts))
     book = table(spec.codec, int(spec.bits), dim)
     byte = np.resize((book.levels + ZERO).astype(np.uint8), 16)
     return Levels((ctypes.c_uint8 * 16)(*byte.tolist()))
@@ -83,11 +90,12 @@ def plan_rings(dim: int, formats: tuple[int, int], mean: bool, groups: int, limi
 
     Leaves room for merging two warps' results at a time; takes fewer warps where two slots each do not fit.
     """
-    key, value = (8 * dim * bits_of(f) + SCALE_BYTES for f in formats)
+    key, value = (code_bytes(dim, f) + SCALE_BYTES for f in formats)
+    tables = sum(2 * STATES << (f - TRELLIS) for f in formats if f > TRELLIS)
     slot = max(key + (-(-dim // 128) * 128 if mean else 0), value)
     columns, warps = 4 * groups, WARPS[dim, groups]
     while True:
-        fixed = columns * dim * 2 * (1 + mean) + columns * 16 + (warps + 1) * columns * 8 + 1500
+        fixed = columns * dim * 2 * (1 + mean) + columns * 16 + (warps + 1) * columns * 8 + 1700 + tables
         fits = (limit - fixed - columns * (dim + 4) * 4 * 2) // (warps * (slot + 8))
         if fits >= 2 or warps == 8:
             return warps, max(1, min(fits, max(2, IN_FLIGHT_BYTES // (warps * slot))))

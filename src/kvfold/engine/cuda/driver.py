@@ -206,3 +206,9 @@ class Kernel:
             *grid, threads, 1, 1, self.shared_bytes, stream, ctypes.pointer(self._attribute), int(dependent)
         )
         _check(driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "launch")
+
+
+@functools.cache
+def kernel(name: str, variant: tuple[int, ...], capability: tuple[int, int], info: int) -> Kernel:
+    """The variant for a chip, compiled and loaded once per process."""
+    return Kernel(name, variant, f"{capability[0]}{capability[1]}", info)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold.codec.canonical import inverse_sqrt
+from kvfold.codec.torch_trellis import Trellis
 from kvfold.config import PAGE_TOKENS, SCALES, CacheSpec
 from kvfold.engine.cuda import driver
 from kvfold.engine.cuda.arguments import (
@@ -23,16 +22,18 @@ from kvfold.engine.cuda.arguments import (
 )
 from kvfold.engine.cuda.fragments import Fragments, format_of
 from kvfold.engine.cuda.prefill import MIN_COLUMNS, TILE_TOKENS, Merge, attention_part
+from kvfold.engine.cuda.streams import Search, level_pairs
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
 from kvfold.errors import NoImplementation, NonFiniteInput
 from kvfold.rotation.reference import signs, stream
 
 HEAD_DIMS = (64, 128, 256)
-CODECS = {"mse": (2, 3, 4), "uniform": (2,)}
+CODECS = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5)}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_BATCH = 128  # kernels/ring.cuh
 TABLES_KEPT = 2 * MAX_BATCH  # page tables of one layer kept on the device
+FOLD_PAGES = 64  # coded at a time by torch
 SEQUENCE_WORDS = 9  # 64-bit words of struct Sequence
 COPY_MIN_CAPABILITY = (9, 0)  # bulk copies; below it cp.async
 MIN_CAPABILITY = (8, 0)
@@ -81,8 +82,8 @@ class CudaEngine:
         self.reference = TorchEngine(spec, shape, dtype, device)
         dim = shape.head_dim
         self.formats = (
-            format_of(spec.key.codec, int(spec.key.bits)),
-            format_of(spec.value.codec, int(spec.value.bits)),
+            format_of(spec.key.codec, spec.key.bits),
+            format_of(spec.value.codec, spec.value.bits),
         )
         self.fragments = Fragments(self.reference.layout, *self.formats)
         self.page_bytes = self.fragments.page_bytes
@@ -95,7 +96,14 @@ class CudaEngine:
             ]
         ).to(device)
         self._levels = [levels_of(s, dim) for s in (spec.key, spec.value)]
-        self._books = [book_of(s, dim) for s in (spec.key, spec.value)]
+        sides = (spec.key, spec.value)
+        self._pairs = [level_pairs(s.bits, device) if s.codec == "trellis" else None for s in sides]
+        self.has_fold = all(s.codec != "trellis" for s in sides)  # in one kernel; else the search alone has a kernel
+        if self.has_fold:
+            self._books = [book_of(s, dim) for s in sides]
+        for codec in (self.reference.key, self.reference.value):
+            if isinstance(codec, Trellis):
+                codec.search = Search(codec.book, dim, self.capability, device)
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
         # Into and out of the rotated basis by one product each: for thousands of queries cheaper than butterflies in torch.
         eye = torch.eye(dim, device=device).expand(shape.kv_heads, dim, dim)
@@ -123,6 +131,14 @@ class CudaEngine:
 
         Raises NonFiniteInput if a vector holds NaN or infinity or its scale exceeds float16; `out` is then unspecified.
         """
+        if not self.has_fold:
+            for at in range(0, len(out), FOLD_PAGES):
+                part = slice(at, at + FOLD_PAGES)
+                rows = torch.zeros(len(out[part]), self.reference.page_bytes, dtype=torch.uint8, device=self.device)
+                self.reference.fold(keys[part], values[part], first and at == 0, list(rows), state)
+                for row, target in zip(self.fragments.from_canonical(rows), out[part], strict=True):
+                    target.copy_(row)
+            return
         addresses = torch.tensor([row.data_ptr() for row in out], dtype=torch.int64).to(self.device)
         self.fold_to(keys, values, first, addresses)
         if int(self._nonfinite):
@@ -136,8 +152,8 @@ class CudaEngine:
         """fold without looking at the result: addresses int64 [P] on the device. Safe in a CUDA graph."""
         dim = self.shape.head_dim
         k, v = (_aligned(x.to(self.dtype)) for x in (keys, values))
-        kernel = _kernel(
-            "fold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), _arch(self.capability), 1
+        kernel = driver.kernel(
+            "fold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), self.capability, 1
         )
         rules = [SCALES.index(s.scale) for s in (self.spec.key, self.spec.value)]
         a = FoldArgs(
@@ -210,11 +226,17 @@ class CudaEngine:
     def unfold_tile(self, addresses: Tensor, k: Tensor, v: Tensor) -> None:
         """Pages at `addresses` int64 [P] -> k, v [H, P * 128, D] in the rotated basis, keys with their rotated mean."""
         dim = self.shape.head_dim
-        kernel = _kernel(
-            "unfold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), _arch(self.capability), 1
+        kernel = driver.kernel(
+            "unfold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), self.capability, 1
         )
         a = UnfoldArgs(
-            addresses.data_ptr(), k.data_ptr(), v.data_ptr(), self.signs[0].data_ptr(), k.stride(0), *self._levels
+            addresses.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            self.signs[0].data_ptr(),
+            k.stride(0),
+            *self._levels,
+            *(_pointer(x) for x in self._pairs),
         )
         kernel.launch(
             (len(addresses), self.shape.kv_heads, 4), 128, torch.cuda.current_stream(self.device).cuda_stream, a
@@ -301,7 +323,7 @@ class CudaEngine:
         h = self.shape.kv_heads
         q, k, v = (_aligned(x) for x in (q, k, v))
         variant = variant or self.variant(heads // h * new)
-        kernel = _kernel("decode.cu", variant, _arch(self.capability), 4)
+        kernel = driver.kernel("decode.cu", variant, self.capability, 4)
         _, partial, columns, threads = kernel.info
         tiles = -(-(heads // h) * new // columns)
         work, count = _workspace(self.device.index or 0, 2 * self._blocks * partial, b * h * tiles)
@@ -327,6 +349,7 @@ class CudaEngine:
             tiles,
             scale,
             *self._levels,
+            *(_pointer(x) for x in self._pairs),
         )
         stream_ = torch.cuda.current_stream(self.device).cuda_stream
         kernel.launch((self._blocks, 1, 1), threads, stream_, a, dependent and self.capability >= COPY_MIN_CAPABILITY)
@@ -350,20 +373,15 @@ def sequence_words(
     return np.concatenate([np.array(pointers, np.int64), ints, np.array([recent_k.stride(0)], np.int64)])
 
 
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _aligned(x: Tensor) -> Tensor:
     """Rows of D contiguous numbers on 16-byte boundaries."""
     step = 16 // x.element_size()
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % step == 0 for s in x.stride()[:-1])
     return x if fits else x.contiguous()
-
-
-def _arch(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}{capability[1]}"
-
-
-@functools.cache
-def _kernel(name: str, variant: tuple[int, ...], arch: str, info: int) -> driver.Kernel:
-    return driver.Kernel(name, variant, arch, info)
 
 
 _WORK: dict[int, tuple[Tensor, Tensor]] = {}

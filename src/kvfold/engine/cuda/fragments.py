@@ -3,7 +3,8 @@
 Fragment order of one KV head: two halves of 64 tokens, each [mean int8 x D, permuted | pad to 128][K][V]; a side is its
 codes in the order of mma.m16n8k32 A fragments (see kernels/formats.cuh), then 64 float16 scales, token 8 i + g at
 [g][i]. Scales are not negative: the signs of K scales [g][t], g < 4, t < 4, hold bit 4 g + t of the mean's float16
-scale, so that every copy is whole 128-byte lines.
+scale, so that every copy is whole 128-byte lines. A side of trellis codes is its lanes' streams (streams.py), then 64
+times a header and a byte more: those of tokens g and 8 + g hold the page's unit, of keys 16 + g and 24 + g the mean's scale.
 """
 
 from __future__ import annotations
@@ -13,22 +14,35 @@ import functools
 import torch
 from torch import Tensor
 
-from kvfold.packing.layout import Field, PageLayout
+from kvfold.codebook.trellis import code
+from kvfold.engine.cuda.streams import HALF_TOKENS, LANES, pack_streams, unpack_streams
+from kvfold.packing.layout import PageLayout
 from kvfold.packing.on_torch import PageCodec
 
-HALF_TOKENS = 64
-LANES = 32
 GROUP = 32  # codes a lane holds in two A fragments
 SCALE_BYTES = 128
+PAGES = 64  # moved at a time: bits of trellis codes are bytes on the way
 
 
-def format_of(codec: str, bits: int) -> int:
-    """The kernels' number of a codec: its bits, or 1 for uniform."""
-    return 1 if codec == "uniform" else bits
+TRELLIS = 10  # format number of a trellis code less twice its bits
+UNIT, MEAN = slice(0, 2), slice(2, 4)  # scales of a lane's tokens whose second bytes hold more
+
+
+def format_of(codec: str, bits: float) -> int:
+    """The kernels' number of a codec: its bits, 1 for uniform, 10 and twice its bits for trellis."""
+    if codec == "trellis":
+        return TRELLIS + int(2 * bits)
+    return 1 if codec == "uniform" else int(bits)
 
 
 def bits_of(fmt: int) -> int:
+    """Of a scalar code."""
     return 2 if fmt == 1 else fmt
+
+
+def code_bytes(dim: int, fmt: int) -> int:
+    """Codes of one side of half a page."""
+    return 4 * dim * (fmt - TRELLIS if fmt > TRELLIS else 2 * bits_of(fmt))
 
 
 @functools.cache
@@ -133,7 +147,7 @@ class Fragments:
     def __init__(self, layout: PageLayout, key: int, value: int) -> None:
         self.layout, self.formats, self.dim = layout, {"key": key, "value": value}, layout.head_dim
         self.mean_bytes = (self.dim + 127) // 128 * 128 if layout.mean else 0
-        self.side = {s: 8 * self.dim * bits_of(f) + SCALE_BYTES for s, f in self.formats.items()}
+        self.side = {s: code_bytes(self.dim, f) + SCALE_BYTES for s, f in self.formats.items()}
         self.half_bytes = self.mean_bytes + self.side["key"] + self.side["value"]
         self.head_bytes = 2 * self.half_bytes
         self.page_bytes = layout.kv_heads * self.head_bytes
@@ -143,57 +157,78 @@ class Fragments:
         at = half * self.half_bytes + self.mean_bytes + (self.side["key"] if side == "value" else 0)
         return slice(at, at + self.side[side] - SCALE_BYTES)
 
-    def _signs(self, regions: Tensor, half: int) -> Tensor:
-        """View [..., 4, 4] of the high bytes of K scales [g][t] whose signs hold the mean's scale."""
-        at = self._codes("key", half).stop
-        high = regions[..., at + 1 : at + SCALE_BYTES : 2].unflatten(-1, (8, 8))
-        return high[..., :4, :4]
+    def _scales(self, regions: Tensor, side: str, half: int) -> Tensor:
+        """View [..., g, i, byte] of a side's scales: those of tokens 8 i + g."""
+        at = self._codes(side, half).stop
+        return regions[..., at : at + SCALE_BYTES].unflatten(-1, (8, 8, 2))
 
-    def _fields(self, side: str) -> tuple[Field, Field]:
-        fields = getattr(self.layout, side)
-        return next(f for f in fields if f.kind == "codes"), next(f for f in fields if f.kind == "half")
+    def _put_mean_scale(self, regions: Tensor, half: int, scale: Tensor) -> None:
+        """scale: its two bytes [..., 2]."""
+        scales = self._scales(regions, "key", half)
+        if self.formats["key"] > TRELLIS:
+            scales[..., MEAN, 1] = scale[..., None, :]
+            return
+        bits = (scale.contiguous().view(torch.int16).int()[..., None] >> _hidden(scale.device)) & 1
+        scales[..., :4, :4, 1] |= bits.to(torch.uint8) << 7
+
+    def _mean_scale(self, regions: Tensor, half: int) -> Tensor:
+        scales = self._scales(regions, "key", half)
+        if self.formats["key"] > TRELLIS:
+            return scales[..., 0, MEAN, 1]
+        bits = (scales[..., :4, :4, 1] >> 7).int() << _hidden(regions.device)
+        return bits.sum((-2, -1))[..., None].to(torch.int16).view(torch.uint8)
 
     def from_canonical(self, rows: Tensor) -> Tensor:
         """uint8 [P, canonical page bytes] -> [P, page_bytes] in fragment order."""
+        return torch.cat([self._from_canonical(some) for some in rows.split(PAGES)])
+
+    def to_canonical(self, rows: Tensor) -> Tensor:
+        """Inverse of from_canonical."""
+        return torch.cat([self._to_canonical(some) for some in rows.split(PAGES)])
+
+    def _from_canonical(self, rows: Tensor) -> Tensor:
         src = rows.unflatten(-1, (self.layout.kv_heads, self.layout.head_bytes))
         out = torch.zeros(*src.shape[:-1], self.head_bytes, dtype=torch.uint8, device=rows.device)
-        pages = PageCodec(self.layout)
-        for side in ("key", "value"):
-            codes, scale = self._fields(side)
-            c = pages.read(rows, side, codes)
-            s = pages.planes_of(rows, side, scale)[0].unflatten(-2, (2, 8, 8)).transpose(-3, -2)
-            for h in (0, 1):
-                at = self._codes(side, h)
-                out[..., at] = pack_half(c[..., 64 * h : 64 * h + 64, :], self.formats[side], side == "value")
-                out[..., at.stop : at.stop + SCALE_BYTES] = s[..., h, :, :, :].flatten(-3)
+        for side, fmt in self.formats.items():
+            (self._put_trellis if fmt > TRELLIS else self._put_scalar)(out, rows, side)
         if self.layout.mean:
             start_codes, mid, dim = self.layout.offset("mean", "codes"), self.layout.offset("mean", "scale"), self.dim
             place = mean_index(dim).to(rows.device)
             for h in (0, 1):
                 start = h * self.half_bytes
                 out[..., start + place] = src[..., start_codes + h * dim : start_codes + (h + 1) * dim]
-                scale = src[..., mid + 2 * h : mid + 2 * h + 2].contiguous().view(torch.int16)
-                signs = self._signs(out, h)
-                signs |= ((scale.int()[..., None] >> _hidden(rows.device)) & 1).to(torch.uint8) << 7
+                self._put_mean_scale(out, h, src[..., mid + 2 * h : mid + 2 * h + 2])
         return out.flatten(-2)
 
-    def to_canonical(self, rows: Tensor) -> Tensor:
-        """Inverse of from_canonical."""
+    def _put_scalar(self, out: Tensor, rows: Tensor, side: str) -> None:
+        pages, fields = PageCodec(self.layout), {f.name: f for f in getattr(self.layout, side)}
+        c = pages.read(rows, side, fields["codes"])
+        s = pages.planes_of(rows, side, fields["scale"])[0].unflatten(-2, (2, 8, 8)).transpose(-3, -2)
+        for h in (0, 1):
+            codes = c[..., HALF_TOKENS * h : HALF_TOKENS * (h + 1), :]
+            out[..., self._codes(side, h)] = pack_half(codes, self.formats[side], side == "value")
+            self._scales(out, side, h)[:] = s[..., h, :, :, :]
+
+    def _put_trellis(self, out: Tensor, rows: Tensor, side: str) -> None:
+        pages, fields = PageCodec(self.layout), {f.name: f for f in getattr(self.layout, side)}
+        book = code((self.formats[side] - TRELLIS) / 2)
+        parts = [pages.read(rows, side, fields[name]) for name in ("symbols", "odd_symbols")[: book.period]]
+        symbols = parts[0] if book.period == 1 else torch.stack(parts, dim=-1).flatten(-2)
+        headers = pages.read(rows, side, fields["header"])[..., 0].unflatten(-1, (2, 8, 8)).mT  # [..., half, g, i]
+        unit = pages.planes_of(rows, side, fields["unit"])[0]  # [P, H, 1, 2]
+        for h in (0, 1):
+            tokens = symbols[..., HALF_TOKENS * h : HALF_TOKENS * (h + 1), :]
+            out[..., self._codes(side, h)] = pack_streams(tokens, book, side == "value")
+            scales = self._scales(out, side, h)
+            scales[..., 0] = headers[..., h, :, :]
+            scales[..., UNIT, 1] = unit
+
+    def _to_canonical(self, rows: Tensor) -> Tensor:
         src = rows.unflatten(-1, (self.layout.kv_heads, self.head_bytes))
         out = torch.zeros(len(rows), self.layout.page_bytes, dtype=torch.uint8, device=rows.device)
         pages = PageCodec(self.layout)
-        for side in ("key", "value"):
-            codes, scale = self._fields(side)
-            cs, ss = [], []
-            for h in (0, 1):
-                at = self._codes(side, h)
-                cs.append(unpack_half(src[..., at], self.dim, self.formats[side], side == "value"))
-                s = src[..., at.stop : at.stop + SCALE_BYTES].unflatten(-1, (8, 8, 2)).transpose(-3, -2)
-                ss.append(s.flatten(-3).contiguous().view(torch.float16))
-            values = {codes.name: torch.cat(cs, dim=-2), scale.name: torch.cat(ss, dim=-1)[..., None]}
-            if side == "key" and self.layout.mean:
-                values[scale.name] = (values[scale.name].view(torch.int16) & 0x7FFF).view(torch.float16)
-            pages.write(out, side, values)
+        for side, fmt in self.formats.items():
+            pages.write(out, side, (self._read_trellis if fmt > TRELLIS else self._read_scalar)(src, side))
         if self.layout.mean:
             dst = out.unflatten(-1, (self.layout.kv_heads, self.layout.head_bytes))
             start_codes, mid, dim = self.layout.offset("mean", "codes"), self.layout.offset("mean", "scale"), self.dim
@@ -201,8 +236,26 @@ class Fragments:
             for h in (0, 1):
                 start = h * self.half_bytes
                 dst[..., start_codes + h * dim : start_codes + (h + 1) * dim] = src[..., start + place]
-                bits = (self._signs(src, h) >> 7).int() << _hidden(rows.device)
-                dst[..., mid + 2 * h : mid + 2 * h + 2] = (
-                    bits.sum((-2, -1))[..., None].to(torch.int16).view(torch.uint8)
-                )
+                dst[..., mid + 2 * h : mid + 2 * h + 2] = self._mean_scale(src, h)
         return out
+
+    def _read_scalar(self, src: Tensor, side: str) -> dict[str, Tensor]:
+        codes, scales = [], []
+        for h in (0, 1):
+            codes.append(unpack_half(src[..., self._codes(side, h)], self.dim, self.formats[side], side == "value"))
+            s = self._scales(src, side, h).transpose(-3, -2).flatten(-3).contiguous().view(torch.float16)
+            hides = side == "key" and self.layout.mean
+            scales.append((s.view(torch.int16) & 0x7FFF).view(torch.float16) if hides else s)
+        return {"codes": torch.cat(codes, dim=-2), "scale": torch.cat(scales, dim=-1)[..., None]}
+
+    def _read_trellis(self, src: Tensor, side: str) -> dict[str, Tensor]:
+        book, codes, headers = code((self.formats[side] - TRELLIS) / 2), [], []
+        for h in (0, 1):
+            codes.append(unpack_streams(src[..., self._codes(side, h)], self.dim, book, side == "value"))
+            headers.append(self._scales(src, side, h)[..., 0].mT.flatten(-2))
+        symbols = torch.cat(codes, dim=-2)
+        out = {"header": torch.cat(headers, dim=-1)[..., None], "symbols": symbols[..., :: book.period]}
+        if book.period == 2:
+            out["odd_symbols"] = symbols[..., 1::2]
+        unit = self._scales(src, side, 0)[..., 0, UNIT, 1]
+        return {**out, "unit": unit.contiguous().view(torch.float16)[..., None, :]}

@@ -87,6 +87,31 @@ template <class C> DI void key_products(int (&acc)[C::NG][4][4], u32 base, u32 q
     }
   }
 }
+template <class C> DI void trellis_key_products(int (&acc)[C::NG][4][4], u32 base, u32 q_rot, uint4 scales, const State<C>& s, const Levels& book, const u16* table, int lane) {
+  using R = Runs<C::KF, 8, C::D / 4>; u32 w[R::WORDS]; load_stream<R>(w, base, lane);
+  const bool first = (lane & 3) == 0;
+#pragma unroll
+  for (int n = 0; n < C::NG; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) { acc[n][i][0] = acc[n][i][2] = 0; acc[n][i][1] = acc[n][i][3] = -ZERO * s.zq[n]; }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    u32 run[2][R::HELD];
+#pragma unroll
+    for (int r = 0; r < 2; r++) open_run<R>(run[r], w, 2 * i + r, lane - 1, first, start_of(book, entry(scales, 2 * i + r)));
+#pragma unroll
+    for (int k = 0; k < C::KT; k++) {
+      u32 a[4];
+#pragma unroll
+      for (int m = 0; m < 4; m++) { const int at = 4 * k + 2 * (m >> 1); a[m] = level_pair<R>(run[m & 1], at, table) | level_pair<R>(run[m & 1], at + 1, table) << 16; }
+#pragma unroll
+      for (int n = 0; n < C::NG; n++) {
+        const uint2 q = lds2(q_rot + n * C::D * 8 + (k >> 1) * 512 + lane * 16 + (k & 1) * 8);
+        mma_us(acc[n][i], a, q.x, q.y);
+      }
+    }
+  }
+}
 // p * V scale as 16-bit integers relative to the chunk, split into bytes and moved from C to B layout: two shuffles per 32 tokens.
 template <class C> DI void weights(u32 (&pb)[2][2], float (&fac), float& zs, const float (&x)[8], const float (&vs)[8], float vm, int lane) {
   const int g = lane >> 2, t = lane & 3; float kv = 65535.f * rcp(vm); u32 f[8], sum = 0u - 8u * 0x4B000000u;
@@ -138,21 +163,54 @@ template <class C, int NW> DI void value_products(State<C>& s, const u32 (&w)[NW
     }
   }
 }
+template <class C> DI void trellis_value_products(State<C>& s, Ring<C>& ring, u32 base, const u32 (&pb)[C::NG][2][2], const float (&fac)[C::NG], const Levels& book, const u16* table, int lane) {
+  using R = Runs<C::VF, 16, C::D / 8>; const bool first = lane < 4;
+  u32 run[R::TOKENS][R::HELD];
+  {
+    u32 w[R::WORDS]; load_stream<R>(w, base, lane);
+    const uint4 header[2] = {lds4(base + C::Reg::V_CODES + (lane & 3) * 16), lds4(base + C::Reg::V_CODES + (lane & 3) * 16 + 64)};
+    ring.release();
+#pragma unroll
+    for (int u = 0; u < R::TOKENS; u++) open_run<R>(run[u], w, u, lane - 4, first, start_of(book, entry(header[u >> 2 & 1], 4 * (u >> 3) + (u & 3))));
+  }
+#pragma unroll
+  for (int i = 0; i < C::MT; i++) {
+    u32 o[8];
+#pragma unroll
+    for (int h = 0; h < 4; h++) {
+      u32 two[2]; part_pairs(two, level_pair<R>(run[4 * h], i, table), level_pair<R>(run[4 * h + 1], i, table), level_pair<R>(run[4 * h + 2], i, table), level_pair<R>(run[4 * h + 3], i, table));
+      o[2 * h] = two[0]; o[2 * h + 1] = two[1];
+    }
+#pragma unroll
+    for (int n = 0; n < C::NG; n++) {
+      int c[4] = {0, 0, 0, 0};
+      mma_uu(c, o, pb[n][0][0], pb[n][0][1]); mma_uu(c, o + 4, pb[n][1][0], pb[n][1][1]);
+      add_tile<C>(&s.O[n][2 * i], c, fac[n]);
+    }
+  }
+}
 // One chunk: its first `hidden` tokens (sinks) and those from `shown` on (a trimmed page) are masked.
-template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u32 q_rot, const float* column, int hidden, int shown, int lane) {
+template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u32 q_rot, const float* column, int hidden, int shown, const u16* tables, int lane) {
   const int g = lane >> 2; float x[C::NG][8], fac[C::NG], f8[8], off[C::NG];
 #pragma unroll
   for (int n = 0; n < C::NG; n++) off[n] = 0;
   {
     u32 base = ring.wait(); int acc[C::NG][4][4];
-    key_products<C>(acc, base + C::Reg::MEAN_BYTES, q_rot, s, plan.P.key, lane);
-    uint4 sc = lds4(base + C::Reg::MEAN_BYTES + C::Reg::K_CODES + g * 16);
-    if constexpr (C::MEAN) {
+    uint4 sc;
+    if constexpr (is_trellis(C::KF)) {
+      sc = lds4(base + C::Reg::MEAN_BYTES + C::Reg::K_CODES + g * 16);
+      trellis_key_products<C>(acc, base + C::Reg::MEAN_BYTES, q_rot, sc, s, plan.P.key, tables, lane);
+      if constexpr (C::MEAN) mean_offset<C>(off, held_half(sc.y), base, q_rot + C::Q_BYTES, column, lane);
+    } else {
+      key_products<C>(acc, base + C::Reg::MEAN_BYTES, q_rot, s, plan.P.key, lane);
+      sc = lds4(base + C::Reg::MEAN_BYTES + C::Reg::K_CODES + g * 16);
+    }
+    if constexpr (C::MEAN && !is_trellis(C::KF)) {
       const u32 signs = __ballot_sync(~0u, (lane & 2 ? sc.y : sc.x) << (lane & 1 ? 0 : 16) >> 31);
       sc.x &= 0x7fff7fffu; sc.y &= 0x7fff7fffu;
       mean_offset<C>(off, half_low(signs), base, q_rot + C::Q_BYTES, column, lane);
     }
-    half8(f8, sc);
+    if constexpr (is_trellis(C::KF)) trellis_scales(f8, sc); else half8(f8, sc);
     ring.release();
 #pragma unroll
     for (int n = 0; n < C::NG; n++)
@@ -182,6 +240,16 @@ template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u
     fac[n] = ex2(mc - s.m[n]); s.l[n] = fmaf(lc, fac[n], s.l[n]);
   }
   u32 base = ring.wait(); uint4 sc = lds4(base + C::Reg::V_CODES + g * 16);
+  if constexpr (is_trellis(C::VF)) {
+    u32 pb[C::NG][2][2]; trellis_scales(f8, sc); float vm = 1e-7f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) vm = fmaxf(vm, f8[i]);
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) vm = fmaxf(vm, __shfl_xor_sync(~0u, vm, d));
+#pragma unroll
+    for (int n = 0; n < C::NG; n++) weights<C>(pb[n], fac[n], s.zs[n], x[n], f8, vm, lane);
+    trellis_value_products<C>(s, ring, base, pb, fac, plan.P.value, tables + C::K_TABLE / 2, lane);
+  } else {
   constexpr int PASSES = C::D / 128 > 1 ? C::D / 128 : 1, NW = C::D * bits_of(C::VF) / 16 / PASSES;
   u32 w[NW]; load_words<NW>(w, base + lane * 16);
   if constexpr (PASSES == 1) ring.release();
@@ -196,5 +264,6 @@ template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u
   if constexpr (PASSES == 2) {
     load_words<NW>(w, base + NW * 128 + lane * 16); ring.release();
     value_products<C, NW>(s, w, pb, fac, plan.P.value, 1);
+  }
   }
 }

@@ -3,7 +3,7 @@
 // Layout: pages in fragment order (formats.cuh), addresses per sequence in the Sequence table; q, out [B, H G, Q, D]; new k, v [B, H, Q, D].
 // Grid: one block per SM; items of all rows cut into equal parts (ring.cuh). Columns of a row: query i of head h G + j is column i G + j.
 // Limits: D 64, 128, 256; 16-bit models; up to MAX_BATCH sequences; more than 4 NG columns are walked in tiles.
-// Bound: HBM at 4 and 3 bits and uniform 2 bits; integer pipe at free 2-bit levels.
+// Bound: HBM at 4 and 3 bits and uniform 2 bits; integer pipe at free 2-bit levels; shared memory at trellis codes.
 #include "merge.cuh"
 
 template <class C> DI void page_loads_only(Ring<C>& ring, u32& junk, int lane) {
@@ -14,15 +14,17 @@ template <class C> DI void page_loads_only(Ring<C>& ring, u32& junk, int lane) {
     ring.release();
   }
 }
-template <class C> DI void page(State<C>& s, Ring<C>& ring, const Plan& plan, int number, const unsigned char* sm, int lane) {
+template <class C> DI void page(State<C>& s, Ring<C>& ring, const Plan& plan, int number, const unsigned char* sm, const u16* tables, int lane) {
   const float* column = (const float*)(sm + C::AT_COL);
   const int hidden = number == 0 ? plan.P.sinks : 0, shown = ((const int*)column)[C::COLS * 4] - number * 128;
 #pragma unroll 1
-  for (int half = 0; half < 2; half++) chunk<C>(s, ring, plan, shared_address(sm) + C::AT_Q, column, hidden - 64 * half, shown - 64 * half, lane);
+  for (int half = 0; half < 2; half++) chunk<C>(s, ring, plan, shared_address(sm) + C::AT_Q, column, hidden - 64 * half, shown - 64 * half, tables, lane);
 }
 template <class C> DI void attend(const Args& P) {
   extern __shared__ __align__(128) unsigned char sm[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5; u32 junk = 0;
+  __shared__ __align__(16) u16 tables[C::TABLES / 2 + 1];
+  copy_table<C::K_TABLE>(tables, P.key_pairs); copy_table<C::V_TABLE>(tables + C::K_TABLE / 2, P.value_pairs);
   dependent_wait();
   if (threadIdx.x == 0) *(Args*)(sm + C::AT_ARGS) = P;                // for exact_item
   Plan plan{(int*)(sm + C::AT_PLAN), (int*)(sm + C::AT_PLAN) + MAX_BATCH + 2, P};
@@ -45,7 +47,7 @@ template <class C> DI void attend(const Args& P) {
 #pragma unroll 1
     for (; i < stop && i < pages; i += C::W) {
       ring.refill(plan);
-      if constexpr (C::MODE == 1) page_loads_only<C>(ring, junk, lane); else page<C>(s, ring, plan, i - first, sm, lane);
+      if constexpr (C::MODE == 1) page_loads_only<C>(ring, junk, lane); else page<C>(s, ring, plan, i - first, sm, tables, lane);
     }
 #pragma unroll 1
     for (; i < stop; i += C::W)

@@ -14,7 +14,8 @@ template <int N> DI void hadamard_warp(float (&v)[N], int lane) {
     for (int i = 0; i < N; i++) { float o = __shfl_xor_sync(~0u, v[i], d); v[i] = lane & d ? o - v[i] : v[i] + o; }
 }
 // One column as 16-bit integers in B fragments: hi byte in mma column 2c, lo byte in 2c + 1. Returns (largest |q|, sum of integers).
-template <class C> DI float quantize(unsigned char* frag, const float (&v)[C::EPL], int column, int lane, int& sum) {
+// RUNS: in the order of a trellis code's runs of D/4 dims per lane.
+template <class C, bool RUNS> DI float quantize(unsigned char* frag, const float (&v)[C::EPL], int column, int lane, int& sum) {
   float mx = 1e-30f; sum = 0;
 #pragma unroll
   for (int i = 0; i < C::EPL; i++) mx = fmaxf(mx, fabsf(v[i]));
@@ -23,7 +24,8 @@ template <class C> DI float quantize(unsigned char* frag, const float (&v)[C::EP
   const float inv = 32600.f / mx;                 // |x| <= 32600 keeps the high byte in -127..127
 #pragma unroll
   for (int i = 0; i < C::EPL; i++) {
-    int x = __float2int_rn(v[i] * inv), lo = (int)(signed char)(x & 255), hi = (x - lo) >> 8, d = lane * C::EPL + i, word = d >> 4; sum += x;          // word = 2 k step + row half
+    int x = __float2int_rn(v[i] * inv), lo = (int)(signed char)(x & 255), hi = (x - lo) >> 8, e = lane * C::EPL + i, in = e % (C::D / 4); sum += x;
+    const int d = RUNS ? 32 * (in >> 3) + 16 * (in >> 2 & 1) + 4 * (e / (C::D / 4)) + (in & 3) : e, word = d >> 4;         // word = 2 k step + row half
     int at = (column >> 2) * C::D * 8 + (word >> 2) * 512 + ((column & 3) * 8 + (d >> 2 & 3)) * 16 + (word & 3) * 4 + (d & 3);
     frag[at] = (unsigned char)hi; frag[at + 64] = (unsigned char)lo;                      // lane 4g + t with g = 2c, 2c + 1
   }
@@ -65,8 +67,8 @@ template <class C> DI void prepare(const Args& P, const Row& row, const Query<C>
     hadamard_warp(rot, lane);
 #pragma unroll
     for (int i = 0; i < C::EPL; i++) rot[i] *= rsqrtf((float)C::D);
-    int sum, unused; float mx = quantize<C>(sm + C::AT_Q, rot, c, lane, sum), mr = mx;
-    if constexpr (C::MEAN) mr = quantize<C>(sm + C::AT_Q + C::Q_BYTES, raw, c, lane, unused);
+    int sum, unused; float mx = quantize<C, is_trellis(C::KF)>(sm + C::AT_Q, rot, c, lane, sum), mr = mx;
+    if constexpr (C::MEAN) mr = quantize<C, false>(sm + C::AT_Q + C::Q_BYTES, raw, c, lane, unused);
     const float u = C::KF == 1 ? 2.f : 1.f;       // uniform: level = 2 code - 3, products count in codes
     if (lane == 0) { column[c * 4] = mx / 32600.f * 1.4426950408889634f * P.scale * u; ((int*)column)[c * 4 + 1] = sum; column[c * 4 + 2] = mr / (mx * u); }
   }

@@ -50,6 +50,7 @@ DI uint4 lds4(u32 a) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a) : "memory");
   return v;
 }
+DI uint2 lds2(u32 a) { uint2 v; asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "r"(a) : "memory"); return v; }
 DI u32 lds_u16(u32 a) { u16 v; asm volatile("ld.shared.u16 %0,[%1];" : "=h"(v) : "r"(a) : "memory"); return v; }
 // Nothing a kernel reads from global memory is written while it runs (partial results go through __ldcg), so the compiler may move these.
 DI uint4 ldg4(const void* p) { return __ldg((const uint4*)p); }

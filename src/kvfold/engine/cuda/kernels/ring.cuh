@@ -6,7 +6,7 @@
 // 2^31 pages and heads). A block thus sees the end of one row, whole rows, the start of another; warp w takes every W-th item of the block,
 // across row borders, so no warp idles at a border. Each warp owns a ring of R slots of half pages' sides (K or V of 64 tokens).
 #pragma once
-#include "formats.cuh"
+#include "trellis.cuh"
 
 // One row of a call. recent_k/v: exact tokens folded..length-1, token folded + e in slot (first + e) % ring of [H][stride / D][D];
 // pages: addresses of ceil(folded / 128) pages; pad: the call's first tokens that are padding.
@@ -14,7 +14,7 @@ struct Sequence { u64 recent_k, recent_v, sink_k, sink_v, pages; int length, fol
 struct Args {
   const void *q, *k, *v; void* out; const Sequence* seq; const float *sign_k, *sign_v; float* partial; int* count;
   long long q_b, q_h, q_i, k_b, k_h, k_i, v_b, v_h, v_i, o_b, o_h, o_i;                                            // strides in elements
-  int B, H, G, Q, sinks, tiles; float scale; Levels key, value;
+  int B, H, G, Q, sinks, tiles; float scale; Levels key, value; const u32 *key_pairs, *value_pairs;           // tables of trellis.cuh
 };
 constexpr int MAX_BATCH = 128, EXACT_ITEM = 32;
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
@@ -33,14 +33,15 @@ template <int D_, int KF_, int VF_, int MEAN_, int NG_, int W_, int R_, int BULK
   static constexpr int THREADS = W * 32, COLS = 4 * NG, KT = D / 32, MT = D / 16, EPL = D / 32, STRIDE = D + 4;
   static constexpr int SLOT = Reg::K_HALF > Reg::V_HALF ? Reg::K_HALF : Reg::V_HALF;
   static constexpr int PARTIAL = COLS * (D + 2);                     // floats of one partial result
+  static constexpr int K_TABLE = table_bytes(KF), V_TABLE = table_bytes(VF), TABLES = K_TABLE + V_TABLE;    // static shared memory
   // shared memory: rings | barriers | q fragments rotated, raw | per column floats | m, l per warp | plan | merge buffer
   static constexpr int AT_BARS = W * R * SLOT, AT_Q = AT_BARS + (W * R * 8 + 15) / 16 * 16, Q_BYTES = COLS * D * 2;
   static constexpr int AT_COL = AT_Q + Q_BYTES * (1 + MEAN), AT_ML = AT_COL + COLS * 16 + 16, AT_PLAN = AT_ML + (W + 1) * COLS * 8;
-  static constexpr int AT_ARGS = AT_PLAN + (MAX_BATCH + 2) * 8, AT_BUF = AT_ARGS + (sizeof(Args) + 15) / 16 * 16, FREE = SHARED_LIMIT - AT_BUF;
+  static constexpr int AT_ARGS = AT_PLAN + (MAX_BATCH + 2) * 8, AT_BUF = AT_ARGS + (sizeof(Args) + 15) / 16 * 16, FREE = SHARED_LIMIT - TABLES - AT_BUF;
   static constexpr int FIT = FREE / (COLS * STRIDE * 4), ROUND = FIT >= W ? W : FIT >= W / 2 ? W / 2 : FIT >= W / 4 ? W / 4 : FIT >= W / 8 ? W / 8 : 1;
   static constexpr int SUB = W / COLS > ROUND ? ROUND : W / COLS > 0 ? W / COLS : 1;      // parts of the final merge done side by side
   static constexpr int SMEM = AT_BUF + ROUND * COLS * STRIDE * 4;
-  static_assert(SMEM <= SHARED_LIMIT, "rings do not fit in shared memory");
+  static_assert(SMEM + TABLES <= SHARED_LIMIT, "rings do not fit in shared memory");
 };
 
 // A line of `total` items in `blocks` parts; the first `more` parts are one item longer.

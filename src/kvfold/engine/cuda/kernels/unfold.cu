@@ -1,8 +1,8 @@
 // Pages in fragment order -> 16-bit keys and values in the rotated basis, a bounded tile of the history at a time (prefill).
 //   K = s L + R mean, V = s L; rotated query and output are the caller's business. Grid (pages, heads, 4: half x side), 128 threads.
 // Layout: formats.cuh; out [H, tokens, D]. Limits: D 64, 128, 256. Bound: HBM writes.
-#include "formats.cuh"
-struct UnfoldArgs { const u64* page; void *k, *v; const float* sign_k; long long head; Levels key, value; };        // head: stride in elements
+#include "trellis.cuh"
+struct UnfoldArgs { const u64* page; void *k, *v; const float* sign_k; long long head; Levels key, value; const u32 *key_pairs, *value_pairs; };        // head: stride in elements
 #ifndef VARIANT    // D, key format, value format, mean, float16
 #define VARIANT 128, 4, 4, 1, 0
 #endif
@@ -11,7 +11,8 @@ template <int D_, int KF_, int VF_, int MEAN_, int H16_> struct UnfoldCfg : Regi
 };
 // Rotated mean of one half page by warp 0; scale from the signs of K scales.
 template <class C> DI void rotated_mean(float* mean, const unsigned char* half, const u16* scales, const float* sign, int lane) {
-  constexpr int N = C::D / 32; float v[N]; const float scale = half_low(__ballot_sync(~0u, scales[(lane >> 2) * 8 + (lane & 3)] >> 15));
+  constexpr int N = C::D / 32; float v[N];
+  const float scale = is_trellis(C::KF) ? held_half((u32)scales[2] | (u32)scales[3] << 16) : half_low(__ballot_sync(~0u, scales[(lane >> 2) * 8 + (lane & 3)] >> 15));
 #pragma unroll
   for (int i = 0; i < N; i++) { const int d = lane * N + i; v[i] = (float)(signed char)half[(d >> 2 & 3) * (C::D / 4) + (d >> 4) * 4 + (d & 3)] * scale * sign[d]; }
 #pragma unroll
@@ -26,18 +27,38 @@ template <class C> DI void rotated_mean(float* mean, const unsigned char* half, 
   for (int i = 0; i < N; i++) mean[lane * N + i] = v[i] * rsqrtf((float)C::D);
 }
 template <class C, int F, int V> DI void unfold_side(const UnfoldArgs& P, unsigned char* sm, int half) {
-  constexpr int B = bits_of(F), CODES = 8 * C::D * B; u16* tile = (u16*)sm; float* mean = (float*)(sm + 64 * C::ROW * 2);
+  constexpr int B = bits_of(F), CODES = 4 * C::D * pair_bits(F); u16* tile = (u16*)sm; float* mean = (float*)(sm + 64 * C::ROW * 2);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const unsigned char* from = (const unsigned char*)P.page[blockIdx.x] + (u64)blockIdx.y * C::BYTES + half * C::HALF;
   const unsigned char* codes = from + (V ? C::K_HALF : C::MEAN_BYTES); const u16* scales = (const u16*)(codes + CODES);
   if (!V && C::MEAN && warp == 0) rotated_mean<C>(mean, from, scales, P.sign_k + blockIdx.y * C::D, lane);
   float* scale = mean + C::D;
-  if (threadIdx.x < 64) scale[(threadIdx.x & 7) * 8 + (threadIdx.x >> 3)] = half_low(scales[threadIdx.x] & 0x7fffu);
+  if (threadIdx.x < 64) {
+    const u32 s = scales[threadIdx.x];
+    scale[(threadIdx.x & 7) * 8 + (threadIdx.x >> 3)] = is_trellis(F) ? held_half((u32)scales[0] | (u32)scales[1] << 16) * (float)(s & 63) : half_low(s & 0x7fffu);
+  }
   __syncthreads();
   auto put = [&](int token, int dim, int level) {
     float x = scale[token] * (float)level; if (!V && C::MEAN) x += mean[dim];
     tile[token * C::ROW + dim] = (u16)pair<C::H16>(x, 0.f);
   };
+  if constexpr (is_trellis(F)) {
+    using R = Runs<F, V ? 16 : 8, V ? C::D / 8 : C::D / 4>; u32 w[R::WORDS];
+    const u16* table = (const u16*)(V ? P.value_pairs : P.key_pairs);
+#pragma unroll
+    for (int i = 0; i < R::WORDS; i++) w[i] = *(const u32*)(codes + i / R::PIECE * R::PIECE * 128 + lane * R::PIECE * 4 + i % R::PIECE * 4);
+#pragma unroll
+    for (int u = 0; u < R::TOKENS; u++) {
+      if ((u & 3) != warp) continue;              // the same for all lanes of a warp
+      const int token = V ? 8 * (4 * (u >> 3) + (u & 3)) + t + 4 * (u >> 2 & 1) : 8 * u + g, part = V ? g : t;
+      u32 run[R::HELD]; open_run<R>(run, w, u, V ? lane - 4 : lane - 1, part == 0, start_of(V ? P.value : P.key, scales[(token & 7) * 8 + (token >> 3)]));
+#pragma unroll
+      for (int i = 0; i < R::RUN / 2; i++) {
+        const u32 two = level_pair<R>(run, i, table); const int dim = part * R::RUN + 2 * i;
+        put(token, dim, (int)(two & 255) - ZERO); put(token, dim + 1, (int)(two >> 8) - ZERO);
+      }
+    }
+  } else
   for (int n = warp; n < C::D / 16; n += 4) {     // groups of 32 codes
     u32 w[B];
 #pragma unroll
