@@ -80,6 +80,11 @@ def eval_(
         str | None,
         typer.Option(help="Other caches to measure too, such as hf-quanto-4,kivi-2,rotated-q4,turboquant-3."),
     ] = None,
+    legs: Annotated[
+        str | None,
+        typer.Option(help="Also generation, prefix, multiturn (some, comma-separated), on the first window."),
+    ] = None,
+    leg_tokens: Annotated[int, typer.Option(min=4, help="Greedy tokens of each leg.")] = 2048,
     report: Annotated[Path | None, typer.Option(help="Write report.html to this folder, self-contained.")] = None,
     gate: Annotated[bool, typer.Option("--gate", help="Fail if the profile's stated tolerance is not kept.")] = False,
     dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
@@ -94,6 +99,7 @@ def eval_(
     """KL divergence, top-1 agreement and perplexity through a folded cache against the model's own cache."""
     from kvfold.evaluation.divergence import figures
     from kvfold.evaluation.gate import failures, stated
+    from kvfold.evaluation.legs import named, run
     from kvfold.evaluation.report import prepare
 
     spec = _spec(
@@ -109,6 +115,7 @@ def eval_(
         seed=seed,
     )
     limits = stated(load_profile(profile)) if gate else None
+    asked = named(legs.split(",")) if legs else []
     if report is not None:
         prepare(report)
     content = read_text(text)
@@ -129,6 +136,9 @@ def eval_(
     broken = failures(result, limits) if limits is not None else []
     if limits is not None:
         result |= {"gate_passed": not broken, "gate_failures": broken}
+    if asked:
+        with common.progress("legs") as shown:
+            result |= {"legs": run(loaded.model, parts[0], spec, asked, leg_tokens, shown)}
     if baseline:
         result |= {"baselines": others}
     if json:
@@ -144,8 +154,10 @@ BRIEF = ("baseline", "kld_mean", "kld_se", "top1_agreement", "perplexity_change"
 
 
 def _show(result: dict[str, Any], title: str) -> None:
-    others = result.pop("baselines", [])
+    others, legs = result.pop("baselines", []), result.pop("legs", {})
     common.show_fields(result, title)
+    for name, leg in legs.items():
+        common.show_fields(leg, f"leg {name}")
     if others:
         common.show_table([{k: r[k] for k in BRIEF} for r in others], "baselines")
 
