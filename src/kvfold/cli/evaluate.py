@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvfold.cli import common
 from kvfold.config import CacheSpec
 from kvfold.errors import EvaluationError, InvalidConfig
-from kvfold.loading import Options, load
+from kvfold.loading import Loaded, Options, load
 from kvfold.profiles import load as load_profile
+
+if TYPE_CHECKING:
+    from kvfold.evaluation.contenders import Contender
+    from kvfold.evaluation.divergence import Scores
 
 
 def demo(
@@ -74,6 +80,7 @@ def eval_(
         str | None,
         typer.Option(help="Other caches to measure too, such as hf-quanto-4,kivi-2,rotated-q4,turboquant-3."),
     ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write report.html to this folder, self-contained.")] = None,
     gate: Annotated[bool, typer.Option("--gate", help="Fail if the profile's stated tolerance is not kept.")] = False,
     dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
     revision: common.Revision = None,
@@ -85,7 +92,9 @@ def eval_(
     json: common.Json = False,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity through a folded cache against the model's own cache."""
+    from kvfold.evaluation.divergence import figures
     from kvfold.evaluation.gate import failures, stated
+    from kvfold.evaluation.report import prepare
 
     spec = _spec(
         profile,
@@ -100,12 +109,23 @@ def eval_(
         seed=seed,
     )
     limits = stated(load_profile(profile)) if gate else None
+    if report is not None:
+        prepare(report)
     content = read_text(text)
     loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, chat_template, offline))
     from kvfold.evaluation.text import windows as cut
 
     parts = cut(content, loaded.tokenizer, windows, window_tokens, skip)
-    result, others = _measured(loaded.model, parts, spec, baseline.split(",") if baseline else [])
+    scores = _scored(loaded.model, parts, spec, profile, baseline.split(",") if baseline else [])
+    rows = {name: figures(s) for name, s in scores.items()}
+    if report is not None:
+        protocol: dict[str, Any] = {
+            "text": text.name if text else "shipped docs",
+            "sha256": sha256(content.encode()).hexdigest(),
+        }
+        protocol |= {"windows": windows, "window tokens": window_tokens, "windows skipped": skip}
+        _report(report, loaded, spec, (scores, rows, parts), protocol)
+    result, *others = [row if not i else {"baseline": n, **row} for i, (n, row) in enumerate(rows.items())]
     broken = failures(result, limits) if limits is not None else []
     if limits is not None:
         result |= {"gate_passed": not broken, "gate_failures": broken}
@@ -130,18 +150,32 @@ def _show(result: dict[str, Any], title: str) -> None:
         common.show_table([{k: r[k] for k in BRIEF} for r in others], "baselines")
 
 
-def _measured(
-    model: Any, parts: list[list[int]], spec: CacheSpec, baselines: list[str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures of the folded cache, and of each baseline with its name."""
+def _scored(
+    model: Any, parts: list[list[int]], spec: CacheSpec, profile: str, baselines: list[str]
+) -> dict[str, Scores]:
+    """The folded cache under its profile's name, then each baseline under its own."""
     from kvfold.evaluation.contenders import Folded, baseline
-    from kvfold.evaluation.divergence import figures, score
+    from kvfold.evaluation.divergence import score
 
-    others = [baseline(name.strip(), model.config, spec.seed) for name in baselines]
+    contenders: list[Contender] = [Folded(profile, model.config, spec)]
+    contenders += [baseline(name.strip(), model.config, spec.seed) for name in baselines]
     with common.progress("scoring") as report:
-        own, *theirs = score(model, parts, [Folded("folded", model.config, spec), *others], report)
-    rows = [{"baseline": c.name, **figures(x)} for c, x in zip(others, theirs, strict=True)]
-    return figures(own), rows
+        return dict(zip((c.name for c in contenders), score(model, parts, contenders, report), strict=True))
+
+
+def _report(
+    folder: Path, loaded: Loaded, spec: CacheSpec, measured: tuple[Any, Any, list[list[int]]], protocol: dict[str, Any]
+) -> None:
+    from kvfold.evaluation import report
+    from kvfold.sessions.fingerprint import fingerprint
+
+    scores, rows, parts = measured
+    digests = fingerprint(loaded.model, loaded.tokenizer)
+    hashes: dict[str, Any] = {k: digests[k] for k in ("full", "weights", "tensors", "tokenizer") if k in digests}
+    facts = report.provenance(loaded.model, spec, {"source": loaded.source, **hashes}, protocol)
+    title = f"{loaded.source} through {next(iter(scores))}"
+    path = report.write(report.Report(title, scores, rows, parts, loaded.tokenizer, facts), folder)
+    sys.stderr.write(f"wrote {path}\n")
 
 
 def read_text(path: Path | None) -> str:

@@ -35,13 +35,18 @@ def compare(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Scores:
-    """What one contender did, position by position. kl, nll, nll_reference float64 and same, sure bool [n], on the CPU,
-    over windows of `lengths` tokens one after the other (the last token of a window has no nll); exact: tokens that
-    each query read exactly, itself included; sizes: of its last cache."""
+    """What one contender did, position by position, over windows of `lengths` tokens, one after the other.
+
+    On the CPU, [n]: kl, nll and nll_reference float64 (the last token of a window has no nll), same and sure bool, top
+    and top_reference int64 (most likely tokens). exact: tokens that each query read exactly, itself included. sizes: of
+    its last cache.
+    """
 
     kl: Tensor
     same: Tensor
     sure: Tensor
+    top: Tensor
+    top_reference: Tensor
     nll: Tensor
     nll_reference: Tensor
     exact: list[int]
@@ -64,11 +69,15 @@ class _Tally:
         logits = model(ids, past_key_values=self.cache).logits[0].float()
         kl, same = compare(logits, reference)
         sure = reference.softmax(-1).amax(-1) > SURE
-        self.parts.append((kl, same, sure, _nll(logits, following), _nll(reference, following)))
+        tops = logits.argmax(-1), reference.argmax(-1)
+        self.parts.append((kl, same, sure, *tops, _nll(logits, following), _nll(reference, following)))
 
     def scores(self, lengths: list[int]) -> Scores:
-        kl, same, sure, nll, nll_reference = (torch.cat(x).cpu() for x in zip(*self.parts, strict=True))
-        return Scores(kl, same, sure, nll, nll_reference, self.exact, self.contender.sizes(self.cache), lengths)
+        kl, same, sure, top, top_reference, nll, nll_reference = (
+            torch.cat(x).cpu() for x in zip(*self.parts, strict=True)
+        )
+        sizes = self.contender.sizes(self.cache)
+        return Scores(kl, same, sure, top, top_reference, nll, nll_reference, self.exact, sizes, lengths)
 
 
 def _nll(logits: Tensor, following: Tensor) -> Tensor:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import io
+from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import MissingExtra
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def _pyplot() -> Any:
-    """matplotlib, drawing to files. Raises MissingExtra without it."""
+SALT = "kvfold"  # of ids in SVG, so that equal pictures are equal bytes
+LEAST = 1e-9  # nats: where the axis of the distribution begins
+
+
+def pyplot(option: str = "--plot") -> Any:
+    """matplotlib, drawing to files. Raises MissingExtra without it, which names the option that needs it."""
     try:
         import matplotlib as mpl
     except ModuleNotFoundError as error:
-        raise MissingExtra.of("--plot", "matplotlib", "plot") from error
+        raise MissingExtra.of(option, "matplotlib", "plot") from error
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -21,7 +28,7 @@ def _pyplot() -> Any:
 
 def bars(rows: list[dict[str, Any]], path: str) -> None:
     """Plans of several profiles: what each term takes, in GiB, one bar per profile and one for 16 bits."""
-    plt = _pyplot()
+    plt = pyplot()
     terms = ("weights_bytes", "state_bytes", "workspace_bytes", "folded_bytes")
     first = rows[0]
     bars = [{**first, "profile": "16-bit", "folded_bytes": first["reference_bytes"]}, *rows]
@@ -42,7 +49,7 @@ def bars(rows: list[dict[str, Any]], path: str) -> None:
 
 def heat_maps(rows: list[dict[str, Any]], path: str) -> None:
     """Needle recall, contexts by depths: one column per kind, stock cache above, folded cache below."""
-    plt = _pyplot()
+    plt = pyplot()
     kinds = sorted({r["kind"] for r in rows})
     contexts = sorted({r["context"] for r in rows})
     depths = sorted({r["depth"] for r in rows})
@@ -68,3 +75,41 @@ def heat_maps(rows: list[dict[str, Any]], path: str) -> None:
         figure.colorbar(image, ax=axes, label="recall", shrink=0.8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _svg(plt: Any, figure: Any) -> bytes:
+    out = io.BytesIO()
+    with plt.rc_context({"svg.hashsalt": SALT}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return out.getvalue()
+
+
+def deciles(rows: dict[str, list[float]]) -> bytes:
+    """SVG: mean KL (nats) by tenths of a window, a line per contender, on a logarithmic scale."""
+    plt = pyplot("--report")
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for name, values in rows.items():
+        axis.plot(range(5, 100, 10), [max(v, LEAST) for v in values], marker="o", label=name)
+    axis.set_yscale("log")
+    axis.set_xlabel("position in the window, %")
+    axis.set_ylabel("mean KL, nats")
+    axis.legend(fontsize=8)
+    return _svg(plt, figure)
+
+
+def distribution(kl: dict[str, Tensor]) -> bytes:
+    """SVG: share of positions whose KL [n] (nats) is above a value, a line per contender, both scales logarithmic."""
+    plt = pyplot("--report")
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for name, x in kl.items():
+        values = x.clamp(min=LEAST).sort(descending=True).values
+        # A thousand points are a line to the eye, and the largest are all there.
+        at = sorted({*range(min(50, len(values))), *range(0, len(values), max(1, len(values) // 1000))})
+        axis.plot([float(values[i]) for i in at], [(i + 1) / len(values) for i in at], label=name)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("KL, nats")
+    axis.set_ylabel("share of positions")
+    axis.legend(fontsize=8)
+    return _svg(plt, figure)
