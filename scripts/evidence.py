@@ -17,7 +17,7 @@ def block(row: dict[str, str]) -> str:
     model = row["command"].split()[2].replace("demo", DEMO)
     return (
         f'\n[[evidence]]\nmodel = "{model}"\nkld_mean = {float(row["kld_mean"]):.5f}\nkld_se = {float(row["kld_se"]):.5f}\n'
-        f'top1_agreement = {float(row["top1_agreement"]):.4f}\nbits_per_value = {float(row["bits_per_value"]):.3f}\n'
+        f"top1_agreement = {float(row['top1_agreement']):.4f}\nbits_per_value = {float(row['bits_per_value']):.3f}\n"
         f'command = "{row["command"]}"\n'
     )
 

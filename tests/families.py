@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 VOCABULARY = 61
@@ -81,6 +82,10 @@ SIZES: dict[str, Any] = {
     "decoder_attention_heads": 4,
     "ffn_dim": 48,
 }
+BATCH, LENGTH, STEPS = 2, 200, 3
+CHUNKS = (70, LENGTH)  # ends of the prefill's calls; the second row's pads end within the first
+# Of the spread of the logits: what float32 sums in other orders come to through four layers of wide weights.
+ROUNDING = 2e-4
 HALF_LINEAR = ["linear_attention", "full_attention"] * 2
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -112,6 +117,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "llama4_text": {"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1, 0]},
     **{t: {"sliding_window": None} for t in ("doge", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2")},
+    "mimo_v2_flash": {"head_dim": 24, "v_head_dim": 16},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"]},
     "olmo_hybrid": {"layer_types": HALF_LINEAR},
     "qwen3_5_moe_text": {"layer_types": HALF_LINEAR},
@@ -191,3 +197,22 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    ids, mask = prompt(BATCH, LENGTH), torch.ones(BATCH, LENGTH + STEPS, dtype=torch.long)
+    ids[1, :63], mask[1, :63] = 0, 0
+    return ids, mask
+
+
+@torch.no_grad()
+def logits_of(model: Any, cache: Any) -> Tensor:
+    """Of a left-padded batch, prefilled in two calls and continued by single tokens: [real tokens, vocabulary]."""
+    ids, mask = padded()
+    ids = torch.cat([ids, prompt(BATCH, STEPS, seed=1)], 1)
+    parts, start = [], 0
+    for stop in (*CHUNKS, *range(LENGTH + 1, LENGTH + STEPS + 1)):
+        part = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+        parts.append(part.logits)
+        start = stop
+    return torch.cat(parts, 1)[mask.bool()]

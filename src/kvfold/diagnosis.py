@@ -7,7 +7,11 @@ import platform
 from importlib.util import find_spec
 from typing import Any
 
+from kvfold.config import CacheSpec
 from kvfold.dispatch import ENGINES, explain
+from kvfold.errors import KvfoldError, Unsupported
+from kvfold.planner.model import FLOAT32_BYTES, Attention, Layer
+from kvfold.planner.pages import page_of
 from kvfold.profiles import load
 
 
@@ -40,14 +44,76 @@ def engines() -> list[dict[str, Any]]:
     return rows
 
 
-def model_layers(source: str) -> list[dict[str, Any]]:
-    """One row per layer of a model: folds, or stays exact and why. Reads the config only."""
-    from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer
+def model_layers(source: str, profile: str = "balanced") -> list[dict[str, Any]]:
+    """`layers_of` a model's config; its weights are not read."""
     from kvfold.loading import load_config
 
+    return layers_of(load_config(source), profile)
+
+
+def layers_of(config: Any, profile: str = "balanced", device: str = "") -> list[dict[str, Any]]:
+    """One row per layer of a transformers config, for the best device here or the one named.
+
+    kind: the planner's. holds: the cache's. folds, and if not, why_not. engine: which one runs it; passed_over: what the
+    faster ones lack. A config that is refused has no layer that folds, and the refusal as the reason.
+    """
+    import torch
+
+    from kvfold.adapters.hf_attention import check_family
+    from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer
+    from kvfold.loading import complete
+    from kvfold.planner.architecture import read
+
+    spec, refusal, held = load(profile).spec, "", []
+    try:
+        check_family(config)
+        held = FoldedCache(config, profile).layers
+    except Unsupported as error:
+        refusal = str(error)
+    described = complete(config)
+    model = read(described)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    for i, layer in enumerate(FoldedCache(load_config(source)).layers):
-        folds = isinstance(layer, FoldedLayer)
-        why = "" if folds else "its memory does not grow with the context"
-        rows.append({"layer": i, "kind": type(layer).__name__, "folds": folds, "why_not": why})
-    return rows
+    for i, layer in enumerate(model.layers):
+        row = {"layer": i, "kind": layer.kind, "holds": type(held[i]).__name__ if i < len(held) else ""}
+        if refusal:
+            row |= {"folds": False, "why_not": refusal}
+        elif i < len(held) and isinstance(held[i], FoldedLayer) and layer.attention is not None:
+            row |= _engine_of(spec, layer.attention, model.dtype_bytes, where)
+        else:
+            row |= {"folds": False, "why_not": _why_exact(layer)}
+        rows.append({"engine": "", "passed_over": ""} | row)
+    return [{k: r[k] for k in ("layer", "kind", "holds", "folds", "why_not", "engine", "passed_over")} for r in rows]
+
+
+def _engine_of(spec: CacheSpec, attention: Attention, dtype_bytes: int, device: str) -> dict[str, Any]:
+    """Which engine runs a folded layer, and what those before it lack."""
+    import torch
+
+    from kvfold.engine.request import LayerShape
+
+    dtype = torch.float32 if dtype_bytes == FLOAT32_BYTES else torch.bfloat16
+    shape = LayerShape(
+        0, attention.kv_heads, attention.key_dim, dtype_bytes, variant=attention.variant, value_dim=attention.value_dim
+    )
+    try:
+        _, name = page_of(spec, attention, dtype_bytes, "auto", device)
+    except KvfoldError as error:
+        return {"folds": False, "why_not": str(error)}
+    passed = [(n, r) for n, r in explain(ENGINES, spec, shape, dtype, torch.device(device)) if r]
+    before = passed[: [e.name for e in ENGINES].index(name)]
+    return {
+        "folds": True,
+        "why_not": "",
+        "engine": name,
+        "passed_over": "; ".join(f"{n}: {', '.join(r)}" for n, r in before),
+    }
+
+
+def _why_exact(layer: Layer) -> str:
+    window = layer.attention.window if layer.attention is not None else None
+    if window is not None:
+        return f"it keeps the newest {window} tokens only, so its memory does not grow with the context"
+    if layer.states:
+        return "a running state, whose memory does not grow with the context"
+    return "it keeps no keys and values of its own"

@@ -17,7 +17,7 @@ from kvfold.errors import InvalidConfig, NoImplementation
 class Implementation:
     """`module` holds why_not(*request) -> list of reasons, and the class `factory` built from the same arguments.
 
-    plain: it knows the plain softmax only, and says so of a layer whose shape announces another.
+    plain: it knows nothing that a layer's shape calls unusual, and says so.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Implementation:
     def why_not(self, *request: Any) -> list[str]:
         """Every reason against this request; empty if it can run. Errors inside are bugs and propagate."""
         reasons: list[str] = import_module(self.module).why_not(*request)
-        unusual = [n for x in request if hasattr(x, "variant") for n in x.variant.names]
+        unusual = [n for x in request for n in getattr(x, "unusual", ())]
         return [*reasons, *(f"no kernel for {n}" for n in unusual if self.plain)]
 
     def build(self, *request: Any) -> Any:

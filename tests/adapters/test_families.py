@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.families import FAMILIES, FOLDING, REFUSED, config, make, prompt
+from tests.families import FAMILIES, FOLDING, LENGTH, REFUSED, ROUNDING, STEPS, config, logits_of, make, padded
 from torch import Tensor
 from transformers import DynamicCache
 
 import kvfold
+from kvfold.diagnosis import layers_of
 from kvfold.errors import KvfoldError
 
-BATCH, LENGTH, STEPS = 2, 200, 3
-CHUNKS = (70, LENGTH)  # ends of the prefill's calls; the second row's pads end within the first
-# Of the spread of the logits: what float32 sums in other orders come to through four layers of wide weights.
-ROUNDING = 2e-4
+MATRIX = Path(__file__).parents[2] / "docs" / "families.md"
+
 # Every layer of these slides, and stays as it is.
 ALL_SLIDE = ("ministral", "mistral")
-
-
-def padded() -> tuple[Tensor, Tensor]:
-    ids, mask = prompt(BATCH, LENGTH), torch.ones(BATCH, LENGTH + STEPS, dtype=torch.long)
-    ids[1, :63], mask[1, :63] = 0, 0
-    return ids, mask
-
-
-@torch.no_grad()
-def logits_of(model: Any, cache: Any) -> Tensor:
-    """Of a left-padded batch, prefilled in two calls and continued by single tokens: [real tokens, vocabulary]."""
-    ids, mask = padded()
-    ids = torch.cat([ids, prompt(BATCH, STEPS, seed=1)], 1)
-    parts, start = [], 0
-    for stop in (*CHUNKS, *range(LENGTH + 1, LENGTH + STEPS + 1)):
-        part = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
-        parts.append(part.logits)
-        start = stop
-    return torch.cat(parts, 1)[mask.bool()]
 
 
 def generated(model: Any, cache: Any) -> Tensor:
@@ -80,3 +62,21 @@ def test_layers_with_another_softmax_run_where_it_is_known(family: str, named: s
         assert {x.folded.engine.name for x in cache.folded_layers if x.folded.engine} == {"torch"}
         with pytest.raises(KvfoldError, match=named):
             logits_of(model, kvfold.FoldedCache(wide, "balanced", backend="cpu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_doctor_tells_what_a_cache_does(family: str) -> None:
+    rows = layers_of(config(family), "balanced", "cpu")
+    if family in REFUSED:
+        assert all(not r["folds"] and re.search(REFUSED[family], r["why_not"]) for r in rows)
+        return
+    cache = kvfold.FoldedCache(make(family).config, "balanced")
+    folding = [type(x) is kvfold.adapters.hf_transformers.FoldedLayer for x in cache.layers]
+    assert [r["folds"] for r in rows] == folding
+    assert all(bool(r["engine"]) == r["folds"] != bool(r["why_not"]) for r in rows)
+
+
+def test_the_matrix_in_the_docs_is_of_these_families() -> None:
+    written = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", MATRIX.read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(FAMILIES) <= set(written)
+    assert {f for f in FAMILIES if written[f] != "equal"} == {f for f in FAMILIES if f in REFUSED}

@@ -6,6 +6,7 @@ of the largest score and what its own precision (PRECISION) adds.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -17,10 +18,10 @@ from kvfold.cache.layer import AttendingEngine, FoldedAttention
 from kvfold.config import PAGE_TOKENS, CacheSpec, SideSpec
 from kvfold.dispatch import ENGINES as IMPLEMENTATIONS
 from kvfold.dispatch import explain
-from kvfold.engine import select
+from kvfold.engine import reference, select
 from kvfold.engine.request import LayerShape
 from kvfold.engine.variant import Variant
-from kvfold.errors import InvalidConfig, NoImplementation, Unsupported
+from kvfold.errors import InvalidConfig, NoImplementation, ShapeMismatch, Unsupported
 
 ENGINES = ("torch", "cpu", "cuda")  # one test body for all; an engine that cannot run here skips with its reasons
 HEADS = 2
@@ -297,11 +298,43 @@ def test_softcaps_and_sink_logits(variant: Variant, new: int, spec: CacheSpec) -
         assert worst(out[b] - weights / mass @ values) < 1e-5
 
 
+WIDTHS = ((64, 32), (24, 40), (192, 128))
+
+
+@pytest.mark.parametrize(
+    "spec", [MSE, RAW, CacheSpec(SideSpec("trellis", 3), SideSpec("mse", 2))], ids=["mse", "raw", "mixed"]
+)
+@pytest.mark.parametrize(("dim", "value_dim"), WIDTHS)
+def test_values_of_another_width(dim: int, value_dim: int, spec: CacheSpec) -> None:
+    """Attention over what pages unfold to, in float64; pages are bytes as the reference lays them out."""
+    past, new = 300, 5
+    layer = FoldedAttention(spec, 3, functools.partial(select.make_engine, "auto"))
+    k, v, q = (
+        numbers((1, h, past + new, d), s) for s, h, d in ((1, HEADS, dim), (2, HEADS, value_dim), (3, 2 * HEADS, dim))
+    )
+    layer.append(k[:, :, :past], v[:, :, :past], [0])
+    out = layer.attend(q[:, :, past:], k[:, :, past:], v[:, :, past:], [0], dim**-0.5)
+    s = layer.sequences[0]
+    read_k, read_v = k[0].double(), v[0].double()
+    got_k, got_v = s.engine.unfold(torch.stack([s.pool.row(p) for p in s.pages]), s.state)  # type: ignore[attr-defined]
+    read_k[:, spec.sinks : s.folded], read_v[:, spec.sinks : s.folded] = (
+        x[:, spec.sinks :].double() for x in (got_k, got_v)
+    )
+    assert worst(out[0] - softmax_attention(q[0, :, past:].double(), read_k, read_v, dim**-0.5)) < 1e-5
+    page = reference.fold(spec, 3, k[0, :, :PAGE_TOKENS].numpy(), v[0, :, :PAGE_TOKENS].numpy(), True)
+    assert torch.equal(s.pool.row(s.pages[0]), torch.from_numpy(page))
+    assert layer.report()["bits_per_value"] == 8 * len(page) / (PAGE_TOKENS * HEADS * (dim + value_dim))
+    with pytest.raises(ShapeMismatch, match="do not continue"):
+        layer.append(k, k[..., :8], [0])
+
+
 def test_engines_without_such_kernels_say_so() -> None:
-    request = (MSE, LayerShape(0, HEADS, 64, 4, variant=Variant(30.0, True)), torch.float32, torch.device("cpu"))
+    shape = LayerShape(0, HEADS, 64, 4, variant=Variant(30.0, True), value_dim=128)
+    request = (MSE, shape, torch.float32, torch.device("cpu"))
     reasons = dict(explain(IMPLEMENTATIONS, *request))
+    unusual = ("softcapped scores", "sink logits", "keys of 64 and values of 128 numbers")
     for name in ("cpu", "cuda"):
-        assert {"no kernel for softcapped scores", "no kernel for sink logits"} <= set(reasons[name])
+        assert {f"no kernel for {x}" for x in unusual} <= set(reasons[name])
         with pytest.raises(NoImplementation, match="sink logits"):
             select.make_engine(name, *request)
     assert select.make_engine("auto", *request).name == "torch"

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -222,9 +222,20 @@ def _implementation(model: Any) -> str:
 def _set(model: Any, name: str) -> None:
     model.set_attn_implementation(name)
     if _implementation(model) != name:  # transformers only warns
-        raise Unsupported(
-            f"{type(model).__name__} does not let its attention implementation be chosen", "Use the stock cache for it"
-        )
+        raise _not_chosen(type(model))
+
+
+def _not_chosen(kind: type) -> Unsupported:
+    return Unsupported(
+        f"{kind.__name__} does not let its attention implementation be chosen", "Use the stock cache for it"
+    )
+
+
+def check_family(config: Any) -> None:
+    """Raise what `attach` would raise for a model of this config, where transformers knows its class."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is not None and not kind._can_set_attn_implementation():
+        raise _not_chosen(kind)
 
 
 class Attached:

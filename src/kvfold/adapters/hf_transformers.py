@@ -146,6 +146,8 @@ class FoldedLayer(CacheLayerMixin):
         return other
 
 
+# Families whose attention reads what the cache returns in another way than through an attention function.
+CHANGES_KEYS = ("diffllama", "doge", "jetmoe")
 # Layers of other kinds stay as transformers has them: their memory is bounded.
 STOCK_LAYERS = (
     DynamicSlidingWindowLayer,
@@ -175,6 +177,8 @@ class FoldedCache(Cache):
             raise Unsupported(
                 f"{text.model_type} caches a latent (MLA), which this version does not fold", "Use the stock cache"
             )
+        if text.model_type in CHANGES_KEYS:
+            raise Unsupported(f"{text.model_type} changes keys after caching them", "Use the stock cache for it")
         layers: list[Any] = DynamicCache(config=config).layers
         if not layers:
             raise InvalidConfig("this config describes no cache layers", "Pass the config of a decoder model")

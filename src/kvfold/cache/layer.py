@@ -43,6 +43,7 @@ class AttendingEngine(Engine, Protocol):
     def unfold(self, rows: Tensor, state: State) -> tuple[Tensor, Tensor]: ...
 
 
+Built = tuple[int, int, torch.dtype, torch.device, int]  # KV heads, head_dim, dtype, device, head_dim of values
 MakeEngine = Callable[[CacheSpec, LayerShape, torch.dtype, torch.device], AttendingEngine]
 
 
@@ -54,7 +55,7 @@ class FoldedAttention:
         self.spec, self.layer, self._make, self.variant = spec, layer, make_engine, variant
         self.engine: AttendingEngine | None = None
         self.sequences: list[LayerSequence] = []
-        self._built: tuple[int, int, torch.dtype, torch.device] | None = None  # heads, head_dim, ... of the engine
+        self._built: Built | None = None
         self.fidelity: Fidelity | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,9 +82,9 @@ class FoldedAttention:
         for page in pages:
             self.pool.release(page)
 
-    def _build(self, built: tuple[int, int, torch.dtype, torch.device]) -> AttendingEngine:
-        heads, dim, dtype, device = built
-        shape = LayerShape(self.layer, heads, dim, dtype.itemsize, variant=self.variant)
+    def _build(self, built: Built) -> AttendingEngine:
+        heads, dim, dtype, device, value_dim = built
+        shape = LayerShape(self.layer, heads, dim, dtype.itemsize, variant=self.variant, value_dim=value_dim)
         self.engine = self._make(self.spec, shape, dtype, device)
         self.pool = PagePool(self.engine.page_bytes, device)
         self._built = built
@@ -91,10 +92,10 @@ class FoldedAttention:
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         where = f"layer {self.layer}: "
-        if k.dim() != 4 or v.dim() != 4 or k.shape != v.shape:
+        if k.dim() != 4 or v.dim() != 4 or k.shape[:-1] != v.shape[:-1]:
             raise ShapeMismatch(
                 f"{where}keys {tuple(k.shape)} and values {tuple(v.shape)} are not both [batch, heads, tokens, head_dim]",
-                "Pass keys and values of one shape",
+                "Pass keys and values of one shape, but for head_dim",
             )
         if k.dtype not in DTYPES or k.dtype != v.dtype:
             raise DtypeMismatch(
@@ -103,14 +104,14 @@ class FoldedAttention:
         if k.device != v.device:
             raise DeviceMismatch(f"{where}keys are on {k.device}, values on {v.device}", "Move both to one device")
 
-    def _mismatch(self, k: Tensor) -> InvalidInput | None:
+    def _mismatch(self, k: Tensor, v: Tensor) -> InvalidInput | None:
         """Why keys cannot continue the sequences there are, None if they can."""
         where = f"layer {self.layer}: "
-        ring = self.sequences[0].ring_k
-        if len(k) != len(self.sequences) or (k.shape[1], k.shape[3]) != (ring.shape[0], ring.shape[2]):
+        ring, dims = self.sequences[0].ring_k, (self.sequences[0].ring_k.shape[2], self.sequences[0].ring_v.shape[2])
+        if len(k) != len(self.sequences) or (k.shape[1], k.shape[3], v.shape[3]) != (ring.shape[0], *dims):
             return ShapeMismatch(
-                f"{where}keys {tuple(k.shape)} do not continue a cache of {len(self.sequences)} sequences, "
-                f"{ring.shape[0]} heads and head_dim {ring.shape[2]}",
+                f"{where}keys {tuple(k.shape)} and values {tuple(v.shape)} do not continue a cache of "
+                f"{len(self.sequences)} sequences, {ring.shape[0]} heads and head_dim {dims[0]} and {dims[1]}",
                 "Use a new cache, or the batch this one was filled with",
             )
         if k.dtype != ring.dtype:
@@ -136,13 +137,13 @@ class FoldedAttention:
     def prepare(self, k: Tensor, v: Tensor) -> None:
         """Check a call's keys and values [B, H, Q, D] and, on the first one, build engine, pool and sequences."""
         self._check(k, v)
-        if self.sequences and (error := self._mismatch(k)) is not None:
+        if self.sequences and (error := self._mismatch(k, v)) is not None:
             if any(s.length for s in self.sequences):
                 raise error
             self.clear()
         if self.sequences:
             return
-        built = (k.shape[1], k.shape[3], k.dtype, k.device)
+        built = (k.shape[1], k.shape[3], k.dtype, k.device, v.shape[3])
         engine = self.engine if self.engine is not None and self._built == built else self._build(built)
         self.sequences = [LayerSequence(engine, self.pool, k[0], v[0]) for _ in range(len(k))]
 
@@ -190,7 +191,7 @@ class FoldedAttention:
         rows = [s.view(p) for s, p in zip(self.sequences, pads, strict=True)]
         some = [b for b, p in enumerate(pads) if p < call.k.shape[2]]
         if len(some) < len(rows):
-            out = torch.zeros_like(call.q)
+            out = call.q.new_zeros(*call.q.shape[:-1], call.v.shape[-1])
             if some:
                 part = replace(call, q=call.q[some], k=call.k[some], v=call.v[some], rows=[rows[b] for b in some])
                 out[some] = self.engine.attend(part)  # type: ignore[union-attr]
@@ -292,10 +293,15 @@ class FoldedAttention:
 
     @property
     def shape(self) -> tuple[int, int, torch.dtype, torch.device]:
-        """KV heads, head_dim, dtype and device. Raises CacheMisuse before the first call."""
+        """KV heads, head_dim of keys, dtype and device. Raises CacheMisuse before the first call."""
         if self._built is None:
             raise CacheMisuse(f"layer {self.layer} has not been used yet", "Run a call with this cache first")
-        return self._built
+        return self._built[:4]
+
+    @property
+    def value_dim(self) -> int:
+        """head_dim of values. Raises CacheMisuse before the first call."""
+        return self._built[4] if self._built is not None else self.shape[1]
 
     @property
     def canonical_page_bytes(self) -> int:
@@ -341,7 +347,7 @@ class FoldedAttention:
         """Bytes by kind, tokens, bits per folded value, and, where somebody watches, how exact folded attention is."""
         if self.engine is None or self._built is None:
             return {"layer": self.layer, "kind": "folded", "bytes": 0}
-        heads, dim, _, _ = self._built
+        heads, dim, _, _, value_dim = self._built
         return {
             "layer": self.layer,
             "kind": "folded",
@@ -354,6 +360,6 @@ class FoldedAttention:
             "table_bytes": sum(s.table_bytes for s in self.sequences),
             "tokens": sum(s.length for s in self.sequences),
             "folded_tokens": sum(s.folded for s in self.sequences),
-            "bits_per_value": 8 * self.engine.page_bytes / (PAGE_TOKENS * 2 * heads * dim),
+            "bits_per_value": 8 * self.engine.page_bytes / (PAGE_TOKENS * heads * (dim + value_dim)),
             **({} if self.fidelity is None else {"fidelity": self.fidelity.report()}),
         }

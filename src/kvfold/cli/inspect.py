@@ -51,14 +51,16 @@ def _show_evidence(json: bool) -> None:
 
 
 def doctor(
-    model: Annotated[str | None, typer.Argument(help="A model to look at, too.")] = None, json: common.Json = False
+    model: Annotated[str | None, typer.Argument(help="A model to look at, too.")] = None,
+    profile: Annotated[str, typer.Option(help="The profile its layers are to be folded with.")] = "balanced",
+    json: common.Json = False,
 ) -> None:
-    """What this machine and installation can do, and why not the rest."""
+    """What this machine and installation can do, and why not the rest. Of a model: which layers fold, and what runs them."""
     from kvfold.diagnosis import engines, machine, model_layers
 
     data: dict[str, Any] = {"machine": machine(), "packages": _versions(), "engines": engines()}
     if model is not None:
-        data["model"] = model_layers(model)
+        data["model"] = model_layers(model, profile)
     if json:
         common.show_json(data)
         return
@@ -66,7 +68,20 @@ def doctor(
     common.show_fields(data["packages"], "packages")
     common.show_table(data["engines"], "engines")
     if model is not None:
-        common.show_table(data["model"], f"layers of {model}")
+        common.show_table(_grouped(data["model"]), f"layers of {model}, profile {profile}")
+
+
+def _grouped(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers that differ in their number only as one row."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row in layers:
+        groups.setdefault(tuple(x for k, x in row.items() if k != "layer"), []).append(row["layer"])
+    names = [k for k in layers[0] if k != "layer"]
+    rows = []
+    for same, numbers in groups.items():
+        first = ", ".join(map(str, numbers[:4])) + (f" … {numbers[-1]}" if len(numbers) > 4 else "")
+        rows.append({"layers": first, "count": len(numbers), **dict(zip(names, same, strict=True))})
+    return rows
 
 
 def _versions() -> dict[str, str]:

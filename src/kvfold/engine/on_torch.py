@@ -38,9 +38,9 @@ class TorchEngine:
 
     def __init__(self, spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.shape, self.device = spec, shape, device
-        heads, dim = shape.kv_heads, shape.head_dim
+        heads, (dim, value_dim) = shape.kv_heads, shape.dims
         self.key = build(spec.key, spec.seed, shape.layer, 0, shape.heads, dim, dtype, device)
-        self.value = build(spec.value, spec.seed, shape.layer, 1, shape.heads, dim, dtype, device)
+        self.value = build(spec.value, spec.seed, shape.layer, 1, shape.heads, value_dim, dtype, device)
         for codec in (self.key, self.value):
             if isinstance(codec, Trellis) and device.type == "cpu" and not native_trellis.missing():
                 codec.search = native_trellis.viterbi
@@ -162,8 +162,8 @@ class TorchEngine:
         return row
 
     def attend(self, request: AttendRequest) -> Tensor:
-        """Softmax attention over pages, sinks, recent and new tokens: [B, H * G, Q, D] in the dtype of q."""
-        out = torch.zeros_like(request.q)
+        """Softmax attention over pages, sinks, recent and new tokens: [B, H * G, Q, D of values] in the dtype of q."""
+        out = request.q.new_zeros(*request.q.shape[:-1], request.v.shape[-1])
         for b, view in enumerate(request.rows):
             p = view.pads
             out[b, :, p:] = self._attend_row(
@@ -172,7 +172,7 @@ class TorchEngine:
         return out
 
     def _attend_row(self, q: Tensor, k: Tensor, v: Tensor, call: AttendRequest, view: SequenceView) -> Tensor:
-        heads, dim = self.shape.kv_heads, self.shape.head_dim
+        heads, (_, dim) = self.shape.kv_heads, self.shape.dims
         new = q.shape[1]
         groups = q.shape[0] // heads
         # Rows are (query token, query of the group), token-major, so that a causal tile is a slice.

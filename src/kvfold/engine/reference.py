@@ -25,9 +25,11 @@ Floats = NDArray[np.floating[Any]]
 States = tuple[list[Any], list[Any]]  # per side, per head
 
 
-def page_layout(spec: CacheSpec, kv_heads: int, head_dim: int, value_bytes: int) -> PageLayout:
-    """Bytes of a page; `value_bytes` are the model's own and matter to `raw` only."""
-    key, value = fields(spec.key, head_dim, value_bytes), fields(spec.value, head_dim, value_bytes)
+def page_layout(
+    spec: CacheSpec, kv_heads: int, head_dim: int, value_bytes: int, value_dim: int | None = None
+) -> PageLayout:
+    """Bytes of a page; `value_bytes` are the model's own and matter to `raw` only. value_dim: None: as of keys."""
+    key, value = fields(spec.key, head_dim, value_bytes), fields(spec.value, value_dim or head_dim, value_bytes)
     return PageLayout(key, value, kv_heads, head_dim, spec.centre)
 
 
@@ -48,7 +50,7 @@ def fold(
 ) -> NDArray[np.uint8]:
     """One page, uint8 [page_bytes], from keys and values [H, 128, D] in the model's dtype."""
     heads, _, dim = keys.shape
-    layout = page_layout(spec, heads, dim, keys.dtype.itemsize)
+    layout = page_layout(spec, heads, dim, keys.dtype.itemsize, values.shape[-1])
     row = np.zeros(layout.page_bytes, np.uint8)
     for h, region in enumerate(row.reshape(heads, -1)):
         k = keys[h]
@@ -61,7 +63,7 @@ def fold(
                 packing.write(region, layout, name, {"values": x})
                 continue
             state = states[side][h] if states else None
-            codec = _head(spec, side_spec, layer, h, side, dim)
+            codec = _head(spec, side_spec, layer, h, side, x.shape[-1])
             if isinstance(codec, Trellis):
                 held = codec.encode(x.astype(np.float64), skip=spec.sinks if first_page else 0)
             else:

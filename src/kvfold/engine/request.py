@@ -11,7 +11,7 @@ from kvfold.engine.variant import PLAIN, Variant
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Fixed facts of one layer. head dims of keys and values may differ only for codecs that say so.
+    """Fixed facts of one layer. head_dim: of keys, and of values unless value_dim says otherwise.
 
     first_head: the model's own number of the first KV head, where a process holds only some of a layer's heads.
     variant: what its calls may ask of the softmax.
@@ -23,6 +23,18 @@ class LayerShape:
     dtype_bytes: int
     first_head: int = 0
     variant: Variant = PLAIN
+    value_dim: int | None = None
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Of keys and of values."""
+        return self.head_dim, self.value_dim or self.head_dim
+
+    @property
+    def unusual(self) -> list[str]:
+        """What an engine must know besides the plain softmax over vectors of one width."""
+        key, value = self.dims
+        return self.variant.names + ([f"keys of {key} and values of {value} numbers"] if key != value else [])
 
     @property
     def heads(self) -> range:

@@ -66,7 +66,9 @@ def read(config: Config) -> Model:
     """The Model of a config.json's content. Raises UnsupportedModel where it does not describe a decoder that is known."""
     text = text_of(config)
     name = str(text.get("model_type") or config.get("model_type") or "unknown")
-    heads = number(text, "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
+    heads = number(
+        text, "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads"
+    )
     hidden = number(text, "hidden_size", "n_embd", "d_model", "dim")
     kinds = _kinds(text, name)
     shared = int(text.get("num_kv_shared_layers") or 0)

@@ -27,6 +27,8 @@ def page_of(spec: CacheSpec, attention: Attention, dtype_bytes: int, backend: st
     from kvfold.engine.select import make_engine
 
     dtype = torch.float32 if dtype_bytes == FLOAT32_BYTES else torch.bfloat16
-    shape = LayerShape(0, attention.kv_heads, attention.key_dim, dtype_bytes, variant=attention.variant)
+    shape = LayerShape(
+        0, attention.kv_heads, attention.key_dim, dtype_bytes, variant=attention.variant, value_dim=attention.value_dim
+    )
     engine = make_engine(backend, spec, shape, dtype, torch.device(device))
     return engine.page_bytes, engine.name

@@ -81,8 +81,8 @@ class Runner:
             cache = self._first.fork()
         for layer in cache.folded_layers:
             heads, dim, dtype, device = layer.folded.shape
-            empty = torch.empty(1, heads, 0, dim, dtype=dtype, device=device)
-            layer.lazy_initialization(empty, empty)
+            k, v = (torch.empty(1, heads, 0, d, dtype=dtype, device=device) for d in (dim, layer.folded.value_dim))
+            layer.lazy_initialization(k, v)
         return cache
 
     def _measure(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvfold.adapters.hf_state import numbers_of, tensors_of
 from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer
 from kvfold.config import PAGE_TOKENS
-from kvfold.errors import SessionExists
+from kvfold.errors import SessionExists, Unsupported
 from kvfold.sessions import files, manifest
 from kvfold.sessions.manifest import Layer, Manifest, Segment, State
 from kvfold.sessions.segments import Tensors, write_pages, write_state
@@ -125,6 +125,12 @@ def describe(layer: Any) -> Layer:
     if not isinstance(layer, FoldedLayer):
         return Layer(type(layer).__name__)
     heads, dim, dtype, _ = layer.folded.shape
+    if layer.folded.value_dim != dim:
+        raise Unsupported(
+            f"layer {layer.folded.layer} has keys of {dim} and values of {layer.folded.value_dim} numbers, which the session "
+            "format does not describe",
+            "Keep this model's sessions in memory",
+        )
     return Layer("folded", heads, dim, str(dtype).removeprefix("torch."), layer.folded.canonical_page_bytes)
 
 

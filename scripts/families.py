@@ -1,0 +1,88 @@
+"""Write docs/families.md: every family of tests/families.py, run against the stock cache and described by `kvfold doctor`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, DynamicCache
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.families import FAMILIES, ROUNDING, config, logits_of, make  # noqa: E402
+
+import kvfold  # noqa: E402
+from kvfold.diagnosis import layers_of  # noqa: E402
+from kvfold.errors import KvfoldError  # noqa: E402
+
+DOC = ROOT / "docs" / "families.md"
+HEAD = """# Families
+
+What a `FoldedCache` does with models of transformers. Written by `scripts/families.py`, which runs each family as
+`tests/adapters/test_families.py` does: a tiny model with random weights, a left-padded batch, prefilled in two calls and
+continued by single tokens. **equal** means that a cache of the profile `lossless` gives the logits of the stock cache, up
+to float32 rounding; folded profiles run the same path. Everything else is refused by the message in the last column,
+before a token is stored.
+
+Layers are of the family's default config: *folded* ones; *exact* ones, whose sliding window or chunk bounds their memory;
+*state*, recurrent or convolutional. The engine is the one `kvfold doctor` names for profile `balanced` on a CPU; where it is
+`torch`, head size or softmax (softcap, sink logits) has no native kernel, or keys and values differ in size.
+"""
+
+
+def outcome(family: str) -> str:
+    """`equal`, or why the family is refused. Raises AssertionError where logits differ."""
+    model = make(family)
+    want = logits_of(model, DynamicCache(config=model.config))
+    try:
+        with kvfold.attach(model):
+            got = logits_of(model, kvfold.FoldedCache(model.config, "lossless"))
+    except KvfoldError as error:
+        return str(error).split(". ")[0]
+    if float((got - want).abs().max()) >= ROUNDING * float(want.std()):
+        raise AssertionError(f"{family}: a lossless cache does not give the logits of the stock cache")
+    return "equal"
+
+
+def described(family: str) -> list[dict[str, Any]]:
+    """Layers of the family's default config, or of the tiny one where the defaults describe no model that was published."""
+    try:
+        layers = layers_of(CONFIG_MAPPING[family](), device="cpu")
+    except (KvfoldError, TypeError, ValueError, KeyError):
+        layers = []
+    plausible = layers and all(r["folds"] for r in layers if r["kind"] == "full")
+    return layers if plausible else layers_of(config(family), device="cpu")
+
+
+def row_of(family: str) -> tuple[str, bool]:
+    """The table's row, and whether the family is equal."""
+    said = outcome(family)
+    layers = described(family) if said == "equal" else []
+    folded = [r for r in layers if r["folds"]]
+    exact = [r for r in layers if not r["folds"] and r["kind"] in ("sliding", "chunked")]
+    state = [r for r in layers if r["kind"] in ("linear", "conv")]
+    counts = [str(len(x)) if x else "" for x in (folded, exact, state)]
+    engines = ", ".join(sorted({r["engine"] for r in folded}))
+    return f"| `{family}` | " + " | ".join([*counts, engines, said]) + " |", said == "equal"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = [row_of(f) for f in FAMILIES]
+    equal = sum(e for _, e in rows)
+    lines = [
+        HEAD,
+        f"{equal} of {len(rows)} families equal, {len(rows) - equal} refused (transformers {transformers.__version__}).\n",
+        "| model type | folded | exact | state | engine | lossless against stock |",
+        "|---|---|---|---|---|---|",
+        *(r for r, _ in rows),
+    ]
+    DOC.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
