@@ -33,7 +33,8 @@ def test_lossless_never_diverges(demo, window):
         assert leg["kld_max"] < 1e-8
         assert (leg["top1_agreement"], leg["first_divergence"]) == (1.0, None)
     assert legs["prefix"]["equal_to_fresh"] is True
-    assert [legs[n]["tokens"] for n in LEGS] == [8, 320 - 128 + 8, 8]
+    assert [legs[n]["tokens"] for n in LEGS] == [8, 320 - 128 + 8, 8, 160, 320]
+    assert legs["copy"]["accuracy"] == legs["copy"]["accuracy_reference"] > 0.5
 
 
 def test_a_prefix_is_reused_to_the_bit_and_turns_are_counted(demo, window):
@@ -46,6 +47,18 @@ def test_a_prefix_is_reused_to_the_bit_and_turns_are_counted(demo, window):
     assert legs["multiturn"]["kld_mean"] == pytest.approx(sum(turns) / TURNS)
     # 80 tokens of the first part and 2 of the answer: nothing has left the window yet.
     assert turns[0] < 1e-8 < turns[-1]
+
+
+def test_errors_by_layer_and_copies_fall_with_the_bits(demo, window):
+    fine, coarse = (run(demo.model, window, profile(n).spec, ["copy", "layers"], 4) for n in ("balanced", "ultra"))
+    assert len(fine["layers"]["layers"]) == demo.model.config.num_hidden_layers
+    for a, b in zip(fine["layers"]["layers"], coarse["layers"]["layers"], strict=True):
+        assert a["layer"] == b["layer"]
+        assert a["samples"] == 1 + (320 - 64 - 128) // 128
+        assert 0 < a["output_error"] < b["output_error"] < 1
+        assert 0 < a["score_error"] < b["score_error"]
+    assert fine["copy"]["kld_mean"] < coarse["copy"]["kld_mean"]
+    assert fine["copy"]["accuracy_reference"] == coarse["copy"]["accuracy_reference"]
 
 
 @torch.no_grad()
@@ -72,19 +85,20 @@ def test_the_first_divergence_is_that_of_free_generation(demo, window):
 
 
 def test_wrong_legs_are_told(demo):
-    with pytest.raises(InvalidConfig, match="generation, prefix, multiturn"):
+    with pytest.raises(InvalidConfig, match="generation, prefix, multiturn, copy, layers"):
         named(["generation", "prefixes"])
     with pytest.raises(EvaluationError, match="no page"):
         run(demo.model, [5] * 128, profile("balanced").spec, ["prefix"], 4)
 
 
-def test_eval_runs_legs(capsys):
+def test_eval_runs_legs(capsys, tmp_path):
     with pytest.raises(SystemExit) as left:
         main(
             ["eval", "demo", "--windows", "1", "--window-tokens", "256", "--legs", "generation,multiturn"]
-            + ["--leg-tokens", "8", "--json"]
+            + ["--leg-tokens", "8", "--report", str(tmp_path), "--json"]
         )
     assert not left.value.code
     legs = json.loads(capsys.readouterr().out)["legs"]
+    assert "Leg multiturn" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert sorted(legs) == ["generation", "multiturn"]
     assert legs["generation"]["tokens"] == 8

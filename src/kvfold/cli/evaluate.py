@@ -82,7 +82,7 @@ def eval_(
     ] = None,
     legs: Annotated[
         str | None,
-        typer.Option(help="Also generation, prefix, multiturn (some, comma-separated), on the first window."),
+        typer.Option(help="Also generation, prefix, multiturn, copy, layers (some), on the first window."),
     ] = None,
     leg_tokens: Annotated[int, typer.Option(min=4, help="Greedy tokens of each leg.")] = 2048,
     report: Annotated[Path | None, typer.Option(help="Write report.html to this folder, self-contained.")] = None,
@@ -125,20 +125,23 @@ def eval_(
     parts = cut(content, loaded.tokenizer, windows, window_tokens, skip)
     scores = _scored(loaded.model, parts, spec, profile, baseline.split(",") if baseline else [])
     rows = {name: figures(s) for name, s in scores.items()}
+    found = {}
+    if asked:
+        with common.progress("legs") as shown:
+            found = run(loaded.model, parts[0], spec, asked, leg_tokens, shown)
     if report is not None:
         protocol: dict[str, Any] = {
             "text": text.name if text else "shipped docs",
             "sha256": sha256(content.encode()).hexdigest(),
         }
         protocol |= {"windows": windows, "window tokens": window_tokens, "windows skipped": skip}
-        _report(report, loaded, spec, (scores, rows, parts), protocol)
+        _report(report, loaded, spec, (scores, rows, parts, found), protocol)
     result, *others = [row if not i else {"baseline": n, **row} for i, (n, row) in enumerate(rows.items())]
     broken = failures(result, limits) if limits is not None else []
     if limits is not None:
         result |= {"gate_passed": not broken, "gate_failures": broken}
     if asked:
-        with common.progress("legs") as shown:
-            result |= {"legs": run(loaded.model, parts[0], spec, asked, leg_tokens, shown)}
+        result |= {"legs": found}
     if baseline:
         result |= {"baselines": others}
     if json:
@@ -157,7 +160,10 @@ def _show(result: dict[str, Any], title: str) -> None:
     others, legs = result.pop("baselines", []), result.pop("legs", {})
     common.show_fields(result, title)
     for name, leg in legs.items():
+        by_layer = leg.pop("layers", [])
         common.show_fields(leg, f"leg {name}")
+        if by_layer:
+            common.show_table(by_layer, "layers")
     if others:
         common.show_table([{k: r[k] for k in BRIEF} for r in others], "baselines")
 
@@ -176,15 +182,20 @@ def _scored(
 
 
 def _report(
-    folder: Path, loaded: Loaded, spec: CacheSpec, measured: tuple[Any, Any, list[list[int]]], protocol: dict[str, Any]
+    folder: Path,
+    loaded: Loaded,
+    spec: CacheSpec,
+    measured: tuple[Any, Any, list[list[int]], Any],
+    protocol: dict[str, Any],
 ) -> None:
     from kvfold.evaluation import report
     from kvfold.sessions.fingerprint import fingerprint
 
-    scores, rows, parts = measured
+    scores, rows, parts, legs = measured
     digests = fingerprint(loaded.model, loaded.tokenizer)
     hashes: dict[str, Any] = {k: digests[k] for k in ("full", "weights", "tensors", "tokenizer") if k in digests}
     facts = report.provenance(loaded.model, spec, {"source": loaded.source, **hashes}, protocol)
+    facts = {f"Leg {name}": leg for name, leg in legs.items()} | facts
     title = f"{loaded.source} through {next(iter(scores))}"
     path = report.write(report.Report(title, scores, rows, parts, loaded.tokenizer, facts), folder)
     sys.stderr.write(f"wrote {path}\n")

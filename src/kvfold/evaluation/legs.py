@@ -1,4 +1,6 @@
-"""What one pass over a text does not show: long generation, a reused prefix, several turns; stock and folded cache in step.
+"""What one pass over a text does not show: long generation, a reused prefix, several turns, exact copies, errors by layer.
+
+A stock and a folded cache run in step.
 
 Both caches always hold the same tokens: continuations are the stock cache's own most likely tokens. So a folded cache's
 free continuation is the same text up to its first diverging token, which is the first place where its own choice differs.
@@ -31,6 +33,7 @@ class _Pair:
         self.next = 0  # the stock cache's choice after what was read
         self.kl: list[Tensor] = []
         self.same: list[Tensor] = []
+        self.choices: list[Tensor] = []  # int64 [2, n]: most likely tokens of the stock and of the folded cache
 
     def read(self, ids: Sequence[int]) -> None:
         """Feed token ids in calls of CALL_TOKENS and compare at every one."""
@@ -41,6 +44,7 @@ class _Pair:
             kl, same = compare(logits, reference)
             self.kl.append(kl.cpu())
             self.same.append(same.cpu())
+            self.choices.append(torch.stack((reference.argmax(-1), logits.argmax(-1))).cpu())
             self.next = int(reference[-1].argmax())
 
     def go_on(self, tokens: int) -> None:
@@ -49,7 +53,7 @@ class _Pair:
             self.read([self.next])
 
     def forget(self) -> None:
-        self.kl, self.same = [], []
+        self.kl, self.same, self.choices = [], [], []
 
     def figures(self) -> Leg:
         """Of what was read since `forget`: tokens, kld_mean, kld_max, top1_agreement, and first_divergence, the number of
@@ -118,10 +122,42 @@ def multiturn(model: Any, window: list[int], spec: CacheSpec, tokens: int) -> Le
     return {"turns": TURNS, **pair.figures(), "kld_by_turn": by_turn}
 
 
+def copy(model: Any, window: list[int], spec: CacheSpec, tokens: int) -> Leg:
+    """Half a window of tokens in a shuffled order, twice: the second time each token can be known by looking back only.
+
+    accuracy_reference, accuracy: share of the second reading's tokens that the stock and the folded cache name. `tokens`
+    of greedy text are not asked for.
+    """
+    half = len(window) // 2
+    order = torch.randperm(half, generator=torch.Generator().manual_seed(spec.seed)).tolist()
+    passage = [window[i] for i in order]
+    pair = _Pair(model, spec)
+    pair.read(passage)
+    pair.forget()
+    pair.read(passage)
+    expected = torch.tensor(passage[1:])
+    stock, folded = (float((x[:-1] == expected).double().mean()) for x in torch.cat(pair.choices, 1))
+    return {"accuracy_reference": stock, "accuracy": folded, **pair.figures()}
+
+
+def layers(model: Any, window: list[int], spec: CacheSpec, tokens: int) -> Leg:
+    """The window once, with every folded page compared as it is folded: the calls' last queries over its exact and its
+    folded keys and values. layers: layer, samples, score_error (rms, nats), output_error (rms, relative), folded_mass (the
+    share of attention that falls on folded tokens). No greedy `tokens`.
+    """
+    pair = _Pair(model, spec)
+    pair.folded.watch(1)
+    pair.read(window)
+    rows = [{"layer": r["layer"], **r["fidelity"]} for r in pair.folded.report()["layers"] if "fidelity" in r]
+    return {**pair.figures(), "layers": rows}
+
+
 LEGS: dict[str, Callable[[Any, list[int], CacheSpec, int], Leg]] = {
     "generation": generation,
     "prefix": prefix,
     "multiturn": multiturn,
+    "copy": copy,
+    "layers": layers,
 }
 
 
