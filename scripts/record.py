@@ -1,5 +1,5 @@
 """Run a kvfold command with --json and append its figures, with where they come from, to bench/results/<verb>.csv
-(an eval with baselines to baselines.csv, our own figures first).
+(an eval with baselines to baselines.csv, our own figures first; one with legs to legs.csv, a row per leg).
 
 python scripts/record.py eval demo --profile balanced
 python scripts/record.py needle demo --contexts 2k,8k --trials 5
@@ -47,7 +47,9 @@ def provenance(arguments: list[str]) -> dict[str, str]:
 def flat(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per entry of `rows`, or one in all and one per baseline, without lists."""
     rows = result.get("rows") or [result]
-    if "baselines" in result:
+    if "legs" in result:
+        rows = [{"leg": name, **leg} for name, leg in result["legs"].items()]
+    elif "baselines" in result:
         rows = [{"baseline": "", **result}, *result["baselines"]]
     return [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in rows]
 
@@ -56,7 +58,7 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a CSV file; it gets the columns of both."""
     path.parent.mkdir(parents=True, exist_ok=True)
     old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
-    fields = list(dict.fromkeys([*(old[0] if old else []), *rows[0]]))
+    fields = list(dict.fromkeys(name for row in [*old[:1], *rows] for name in row))
     with path.open("w", encoding="utf-8", newline="") as out:
         writer = csv.DictWriter(out, fields)
         writer.writeheader()
@@ -71,7 +73,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(done.stdout)
     where = provenance(arguments)
     rows = [{**where, **row} for row in flat(json.loads(done.stdout))]
-    name = "baselines" if "--baseline" in arguments else arguments[0]
+    beside = [n for option, n in (("--legs", "legs"), ("--baseline", "baselines")) if option in arguments]
+    name = (beside or arguments)[0]
     append(ROOT / "bench" / "results" / f"{name}.csv", rows)
     for row in rows:
         print(json.dumps({k: v for k, v in row.items() if k not in where}))

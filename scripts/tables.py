@@ -55,6 +55,19 @@ def baselines_table() -> str:
     return markdown([*head, "same top token, %", "exact tokens, mean"], body)
 
 
+def legs_table() -> str:
+    body = []
+    for r in {(r["command"], r["leg"]): r for r in read("legs")}.values():
+        first = f"after {int(r['first_divergence']):,}" if r["first_divergence"] else "none"
+        body.append(
+            [model_name(r), option(r, "profile", "balanced"), r["leg"], f"{int(r['tokens']):,}"]
+            + [f"{float(r['kld_mean']):.5f}", f"{float(r['kld_max']):.3f}", f"{100 * float(r['top1_agreement']):.1f} %"]
+            + [first, {"True": "yes", "False": "no"}.get(r["equal_to_fresh"], "-")]
+        )
+    head = ["model", "profile", "leg", "tokens", "KLD", "largest", "same top token", "first other choice"]
+    return markdown([*head, "equal to a fresh run"], body)
+
+
 def eval_table() -> str:
     body = []
     for r in latest(read("eval")):
@@ -157,6 +170,7 @@ def plan_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "eval": eval_table,
     "baselines": baselines_table,
+    "legs": legs_table,
     "needle": needle_table,
     "demo": demo_table,
     "memory": memory_table,

@@ -55,6 +55,26 @@ def test_tune_finds_the_smallest_that_passes(capsys: pytest.CaptureFixture[str],
     assert load(str(own)).tolerance == Tolerance(0.006, 0.9)
 
 
+def test_tune_finds_the_closest_that_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    arguments = ["--memory", "33MB", "--context", "32k", "--output", str(own)]
+    code, found = run(capsys, "tune", "demo", *arguments)
+    assert code == 0
+    tried = {r["profile"]: r for r in found["rows"]}
+    assert {"extreme", "ultra"} <= set(tried)
+    assert "balanced" not in tried
+    assert all(r["planned_bytes"] <= 33_000_000 for r in tried.values())
+    assert found["profile"] == min(tried, key=lambda n: tried[n]["kld_mean"]) == load(str(own)).base
+    assert load(str(own)).tolerance == load(found["profile"]).tolerance
+    code, result = run(capsys, "tune", "demo", *arguments, "--max-kld", "1e-7")
+    assert (code, result["error"]["kind"]) == (1, "EvaluationError")
+    assert found["profile"] in result["error"]["cure"]
+    code, result = run(capsys, "tune", "demo", "--memory", "1MB", "--context", "32k")
+    assert (code, result["error"]["kind"]) == (1, "EvaluationError")
+    code, result = run(capsys, "tune", "demo", "--context", "32k")
+    assert (code, result["error"]["kind"]) == (1, "InvalidConfig")
+
+
 def test_failures_name_figure_and_limit() -> None:
     figures = {"kld_mean": 0.01, "kld_se": 0.001, "top1_agreement": 0.9, "positions": 10_000}
     assert failures(figures, Tolerance(0.0081, 0.894)) == []

@@ -80,6 +80,11 @@ def eval_(
         str | None,
         typer.Option(help="Other caches to measure too, such as hf-quanto-4,kivi-2,rotated-q4,turboquant-3."),
     ] = None,
+    legs: Annotated[
+        str | None,
+        typer.Option(help="Also generation, prefix, multiturn, copy, layers (some), on the first window."),
+    ] = None,
+    leg_tokens: Annotated[int, typer.Option(min=4, help="Greedy tokens of each leg.")] = 2048,
     report: Annotated[Path | None, typer.Option(help="Write report.html to this folder, self-contained.")] = None,
     gate: Annotated[bool, typer.Option("--gate", help="Fail if the profile's stated tolerance is not kept.")] = False,
     dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
@@ -94,6 +99,7 @@ def eval_(
     """KL divergence, top-1 agreement and perplexity through a folded cache against the model's own cache."""
     from kvfold.evaluation.divergence import figures
     from kvfold.evaluation.gate import failures, stated
+    from kvfold.evaluation.legs import named, run
     from kvfold.evaluation.report import prepare
 
     spec = _spec(
@@ -109,6 +115,7 @@ def eval_(
         seed=seed,
     )
     limits = stated(load_profile(profile)) if gate else None
+    asked = named(legs.split(",")) if legs else []
     if report is not None:
         prepare(report)
     content = read_text(text)
@@ -118,17 +125,23 @@ def eval_(
     parts = cut(content, loaded.tokenizer, windows, window_tokens, skip)
     scores = _scored(loaded.model, parts, spec, profile, baseline.split(",") if baseline else [])
     rows = {name: figures(s) for name, s in scores.items()}
+    found = {}
+    if asked:
+        with common.progress("legs") as shown:
+            found = run(loaded.model, parts[0], spec, asked, leg_tokens, shown)
     if report is not None:
         protocol: dict[str, Any] = {
             "text": text.name if text else "shipped docs",
             "sha256": sha256(content.encode()).hexdigest(),
         }
         protocol |= {"windows": windows, "window tokens": window_tokens, "windows skipped": skip}
-        _report(report, loaded, spec, (scores, rows, parts), protocol)
+        _report(report, loaded, spec, (scores, rows, parts, found), protocol)
     result, *others = [row if not i else {"baseline": n, **row} for i, (n, row) in enumerate(rows.items())]
     broken = failures(result, limits) if limits is not None else []
     if limits is not None:
         result |= {"gate_passed": not broken, "gate_failures": broken}
+    if asked:
+        result |= {"legs": found}
     if baseline:
         result |= {"baselines": others}
     if json:
@@ -144,8 +157,13 @@ BRIEF = ("baseline", "kld_mean", "kld_se", "top1_agreement", "perplexity_change"
 
 
 def _show(result: dict[str, Any], title: str) -> None:
-    others = result.pop("baselines", [])
+    others, legs = result.pop("baselines", []), result.pop("legs", {})
     common.show_fields(result, title)
+    for name, leg in legs.items():
+        by_layer = leg.pop("layers", [])
+        common.show_fields(leg, f"leg {name}")
+        if by_layer:
+            common.show_table(by_layer, "layers")
     if others:
         common.show_table([{k: r[k] for k in BRIEF} for r in others], "baselines")
 
@@ -164,15 +182,20 @@ def _scored(
 
 
 def _report(
-    folder: Path, loaded: Loaded, spec: CacheSpec, measured: tuple[Any, Any, list[list[int]]], protocol: dict[str, Any]
+    folder: Path,
+    loaded: Loaded,
+    spec: CacheSpec,
+    measured: tuple[Any, Any, list[list[int]], Any],
+    protocol: dict[str, Any],
 ) -> None:
     from kvfold.evaluation import report
     from kvfold.sessions.fingerprint import fingerprint
 
-    scores, rows, parts = measured
+    scores, rows, parts, legs = measured
     digests = fingerprint(loaded.model, loaded.tokenizer)
     hashes: dict[str, Any] = {k: digests[k] for k in ("full", "weights", "tensors", "tokenizer") if k in digests}
     facts = report.provenance(loaded.model, spec, {"source": loaded.source, **hashes}, protocol)
+    facts = {f"Leg {name}": leg for name, leg in legs.items()} | facts
     title = f"{loaded.source} through {next(iter(scores))}"
     path = report.write(report.Report(title, scores, rows, parts, loaded.tokenizer, facts), folder)
     sys.stderr.write(f"wrote {path}\n")

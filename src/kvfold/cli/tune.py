@@ -12,12 +12,23 @@ from kvfold.cli.evaluate import read_text
 from kvfold.errors import InvalidConfig
 from kvfold.loading import Options, load
 from kvfold.profiles import Tolerance
+from kvfold.profiles import load as load_profile
 
 
 def tune(
     model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")],
-    max_kld: Annotated[float, typer.Option(help="Mean KL divergence allowed, in nats.")] = 0.005,
-    min_top1: Annotated[float, typer.Option(help="Share of positions whose most likely token must stay.")] = 0.95,
+    max_kld: Annotated[
+        float | None, typer.Option(help="Mean KL divergence allowed, in nats; default .005, or any with --memory.")
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Share of positions whose most likely token must stay; default .95.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Instead: the closest profile whose cache takes no more than this, such as 1GiB.")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="With --memory: tokens the cache holds; default: the model's longest.")
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text to measure on; documents separated by NUL. Default: shipped docs.")
     ] = None,
@@ -32,24 +43,43 @@ def tune(
     offline: common.Offline = False,
     json: common.Json = False,
 ) -> None:
-    """The smallest profile that loses no more than is allowed, on your model and your text."""
+    """The smallest profile that loses no more than is allowed, or the closest that fits, on your model and your text."""
     if output is not None and output.suffix != ".toml":
         raise InvalidConfig(f"{output} does not end with .toml", "Name the file something.toml")
-    limits = Tolerance(max_kld, min_top1)
+    limits = Tolerance(0.005 if max_kld is None else max_kld, 0.95 if min_top1 is None else min_top1)
+    room = _room(memory, context)
     content = read_text(text)
     loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, None, offline))
-    from kvfold.evaluation.gate import as_toml, smallest
+    from kvfold.evaluation import gate
     from kvfold.evaluation.text import windows as cut
 
+    parts = cut(content, loaded.tokenizer, windows, window_tokens, 0)
     with common.progress("scoring") as report:
-        name, rows = smallest(loaded.model, cut(content, loaded.tokenizer, windows, window_tokens, 0), limits, report)
+        if room is None:
+            name, rows = gate.smallest(loaded.model, parts, limits, report)
+            promised, why = limits, "The smallest profile that keeps the tolerance below."
+        else:
+            given = limits if (max_kld, min_top1) != (None, None) else None
+            name, rows = gate.closest(loaded.model, parts, gate.fitting(loaded.model, *room), given, report)
+            promised, why = given or gate.stated(load_profile(name)), f"The closest profile within {memory}."
     if output is not None:
         where = f"{windows} windows of {window_tokens} tokens of {text.name if text else 'the shipped docs'}"
-        output.write_text(as_toml(name, limits, rows[-1], where), encoding="utf-8")
+        row = next(r for r in rows if r["profile"] == name)
+        output.write_text(gate.as_toml(name, promised, row, where, why), encoding="utf-8")
     if json:
         common.show_json({"profile": name, "rows": rows})
         return
-    common.show_table(rows, f"{model}: {name} is the smallest profile that passes")
+    common.show_table(rows, f"{model}: {name}. {why}")
+
+
+def _room(memory: str | None, context: str | None) -> tuple[int | None, int] | None:
+    """(tokens or the model's longest, bytes) to fit into, if any."""
+    if memory is None:
+        if context is not None:
+            raise InvalidConfig("--context is for --memory", "Give both")
+        return None
+    tokens = common.numbers([context], "--context", whole=True)[0] if context is not None else None
+    return tokens, common.size(memory, "--memory")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -7,10 +7,10 @@ import ctypes
 import numpy as np
 
 from kvfold.codebook import table
-from kvfold.codebook.trellis import STATES, code
+from kvfold.codebook.trellis import code
 from kvfold.config import SideSpec
 from kvfold.engine.cuda.fragments import SCALE_BYTES, TRELLIS, code_bytes
-from kvfold.engine.cuda.streams import ZERO
+from kvfold.engine.cuda.streams import ZERO, table_bytes
 
 # Per multiprocessor; 40 kB would hide the latency at 4.3 TB/s. From 2 slots of 3 kB per warp on nothing is gained.
 IN_FLIGHT_BYTES = 112 << 10
@@ -91,7 +91,7 @@ def plan_rings(dim: int, formats: tuple[int, int], mean: bool, groups: int, limi
     Leaves room for merging two warps' results at a time; takes fewer warps where two slots each do not fit.
     """
     key, value = (code_bytes(dim, f) + SCALE_BYTES for f in formats)
-    tables = sum(2 * STATES << (f - TRELLIS) for f in formats if f > TRELLIS)
+    tables = sum(table_bytes(f - TRELLIS) for f in formats if f > TRELLIS)
     slot = max(key + (-(-dim // 128) * 128 if mean else 0), value)
     columns, warps = 4 * groups, WARPS[dim, groups]
     while True:

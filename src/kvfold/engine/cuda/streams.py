@@ -18,6 +18,7 @@ HALF_TOKENS = 64
 LANES = 32
 ZERO = 64  # kernels/formats.cuh: what is added to a level to make it a byte
 WARPS = 8  # kernels/viterbi.cu
+TABLE_LIMIT = 32768  # bytes; kernels/trellis.cuh
 
 
 @functools.cache
@@ -71,6 +72,12 @@ def level_pairs(bits: float, device: torch.device) -> Tensor:
     early, late = (torch.from_numpy(book.by_window[i]) for i in (0, -1))
     pairs = torch.stack([early[window >> widths[1]], late[window & (len(late) - 1)]], dim=-1)
     return (pairs + ZERO).to(torch.uint8).to(device)
+
+
+def table_bytes(pair_bits: int) -> int:
+    """Shared memory for all copies of a table of level pairs (kernels/trellis.cuh)."""
+    one = 2 * STATES << pair_bits
+    return one * next(copies for copies in (8, 4, 2, 1) if one * copies <= TABLE_LIMIT or copies == 1)
 
 
 class SearchArgs(ctypes.Structure):

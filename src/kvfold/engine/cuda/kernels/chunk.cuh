@@ -87,9 +87,9 @@ template <class C> DI void key_products(int (&acc)[C::NG][4][4], u32 base, u32 q
     }
   }
 }
-template <class C> DI void trellis_key_products(int (&acc)[C::NG][4][4], u32 base, u32 q_rot, uint4 scales, const State<C>& s, const Levels& book, const u16* table, int lane) {
+template <class C> DI void trellis_key_products(int (&acc)[C::NG][4][4], u32 base, u32 q_rot, uint4 scales, const State<C>& s, const Levels& book, u32 table, int lane) {
   using R = Runs<C::KF, 8, C::D / 4>; u32 w[R::WORDS]; load_stream<R>(w, base, lane);
-  const bool first = (lane & 3) == 0;
+  const bool first = (lane & 3) == 0; const Lookup pairs = lookup<C::KF>(table, lane);
 #pragma unroll
   for (int n = 0; n < C::NG; n++)
 #pragma unroll
@@ -103,7 +103,7 @@ template <class C> DI void trellis_key_products(int (&acc)[C::NG][4][4], u32 bas
     for (int k = 0; k < C::KT; k++) {
       u32 a[4];
 #pragma unroll
-      for (int m = 0; m < 4; m++) { const int at = 4 * k + 2 * (m >> 1); a[m] = level_pair<R>(run[m & 1], at, table) | level_pair<R>(run[m & 1], at + 1, table) << 16; }
+      for (int m = 0; m < 4; m++) { const int at = 4 * k + 2 * (m >> 1); a[m] = level_pair<R>(run[m & 1], at, pairs) | level_pair<R>(run[m & 1], at + 1, pairs) << 16; }
 #pragma unroll
       for (int n = 0; n < C::NG; n++) {
         const uint2 q = lds2(q_rot + n * C::D * 8 + (k >> 1) * 512 + lane * 16 + (k & 1) * 8);
@@ -163,8 +163,8 @@ template <class C, int NW> DI void value_products(State<C>& s, const u32 (&w)[NW
     }
   }
 }
-template <class C> DI void trellis_value_products(State<C>& s, Ring<C>& ring, u32 base, const u32 (&pb)[C::NG][2][2], const float (&fac)[C::NG], const Levels& book, const u16* table, int lane) {
-  using R = Runs<C::VF, 16, C::D / 8>; const bool first = lane < 4;
+template <class C> DI void trellis_value_products(State<C>& s, Ring<C>& ring, u32 base, const u32 (&pb)[C::NG][2][2], const float (&fac)[C::NG], const Levels& book, u32 table, int lane) {
+  using R = Runs<C::VF, 16, C::D / 8>; const bool first = lane < 4; const Lookup pairs = lookup<C::VF>(table, lane);
   u32 run[R::TOKENS][R::HELD];
   {
     u32 w[R::WORDS]; load_stream<R>(w, base, lane);
@@ -178,7 +178,7 @@ template <class C> DI void trellis_value_products(State<C>& s, Ring<C>& ring, u3
     u32 o[8];
 #pragma unroll
     for (int h = 0; h < 4; h++) {
-      u32 two[2]; part_pairs(two, level_pair<R>(run[4 * h], i, table), level_pair<R>(run[4 * h + 1], i, table), level_pair<R>(run[4 * h + 2], i, table), level_pair<R>(run[4 * h + 3], i, table));
+      u32 two[2]; part_pairs(two, level_pair<R>(run[4 * h], i, pairs), level_pair<R>(run[4 * h + 1], i, pairs), level_pair<R>(run[4 * h + 2], i, pairs), level_pair<R>(run[4 * h + 3], i, pairs));
       o[2 * h] = two[0]; o[2 * h + 1] = two[1];
     }
 #pragma unroll
@@ -190,7 +190,7 @@ template <class C> DI void trellis_value_products(State<C>& s, Ring<C>& ring, u3
   }
 }
 // One chunk: its first `hidden` tokens (sinks) and those from `shown` on (a trimmed page) are masked.
-template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u32 q_rot, const float* column, int hidden, int shown, const u16* tables, int lane) {
+template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u32 q_rot, const float* column, int hidden, int shown, u32 tables, int lane) {
   const int g = lane >> 2; float x[C::NG][8], fac[C::NG], f8[8], off[C::NG];
 #pragma unroll
   for (int n = 0; n < C::NG; n++) off[n] = 0;
@@ -248,7 +248,7 @@ template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u
     for (int d = 4; d < 32; d *= 2) vm = fmaxf(vm, __shfl_xor_sync(~0u, vm, d));
 #pragma unroll
     for (int n = 0; n < C::NG; n++) weights<C>(pb[n], fac[n], s.zs[n], x[n], f8, vm, lane);
-    trellis_value_products<C>(s, ring, base, pb, fac, plan.P.value, tables + C::K_TABLE / 2, lane);
+    trellis_value_products<C>(s, ring, base, pb, fac, plan.P.value, tables + C::K_TABLE, lane);
   } else {
   constexpr int PASSES = C::D / 128 > 1 ? C::D / 128 : 1, NW = C::D * bits_of(C::VF) / 16 / PASSES;
   u32 w[NW]; load_words<NW>(w, base + lane * 16);

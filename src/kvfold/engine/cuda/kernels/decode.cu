@@ -14,7 +14,7 @@ template <class C> DI void page_loads_only(Ring<C>& ring, u32& junk, int lane) {
     ring.release();
   }
 }
-template <class C> DI void page(State<C>& s, Ring<C>& ring, const Plan& plan, int number, const unsigned char* sm, const u16* tables, int lane) {
+template <class C> DI void page(State<C>& s, Ring<C>& ring, const Plan& plan, int number, const unsigned char* sm, u32 tables, int lane) {
   const float* column = (const float*)(sm + C::AT_COL);
   const int hidden = number == 0 ? plan.P.sinks : 0, shown = ((const int*)column)[C::COLS * 4] - number * 128;
 #pragma unroll 1
@@ -23,8 +23,8 @@ template <class C> DI void page(State<C>& s, Ring<C>& ring, const Plan& plan, in
 template <class C> DI void attend(const Args& P) {
   extern __shared__ __align__(128) unsigned char sm[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5; u32 junk = 0;
-  __shared__ __align__(16) u16 tables[C::TABLES / 2 + 1];
-  copy_table<C::K_TABLE>(tables, P.key_pairs); copy_table<C::V_TABLE>(tables + C::K_TABLE / 2, P.value_pairs);
+  const u32 tables = shared_address(sm) + C::AT_TABLES;
+  copy_table<C::KF>(sm + C::AT_TABLES, P.key_pairs); copy_table<C::VF>(sm + C::AT_TABLES + C::K_TABLE, P.value_pairs);
   dependent_wait();
   if (threadIdx.x == 0) *(Args*)(sm + C::AT_ARGS) = P;                // for exact_item
   Plan plan{(int*)(sm + C::AT_PLAN), (int*)(sm + C::AT_PLAN) + MAX_BATCH + 2, P};

@@ -33,15 +33,15 @@ template <int D_, int KF_, int VF_, int MEAN_, int NG_, int W_, int R_, int BULK
   static constexpr int THREADS = W * 32, COLS = 4 * NG, KT = D / 32, MT = D / 16, EPL = D / 32, STRIDE = D + 4;
   static constexpr int SLOT = Reg::K_HALF > Reg::V_HALF ? Reg::K_HALF : Reg::V_HALF;
   static constexpr int PARTIAL = COLS * (D + 2);                     // floats of one partial result
-  static constexpr int K_TABLE = table_bytes(KF), V_TABLE = table_bytes(VF), TABLES = K_TABLE + V_TABLE;    // static shared memory
-  // shared memory: rings | barriers | q fragments rotated, raw | per column floats | m, l per warp | plan | merge buffer
-  static constexpr int AT_BARS = W * R * SLOT, AT_Q = AT_BARS + (W * R * 8 + 15) / 16 * 16, Q_BYTES = COLS * D * 2;
+  static constexpr int K_TABLE = table_bytes(KF) * copies_of(KF), V_TABLE = table_bytes(VF) * copies_of(VF);
+  // shared memory: rings | tables | barriers | q fragments rotated, raw | per column floats | m, l per warp | plan | merge buffer
+  static constexpr int AT_TABLES = W * R * SLOT, AT_BARS = AT_TABLES + K_TABLE + V_TABLE, AT_Q = AT_BARS + (W * R * 8 + 15) / 16 * 16, Q_BYTES = COLS * D * 2;
   static constexpr int AT_COL = AT_Q + Q_BYTES * (1 + MEAN), AT_ML = AT_COL + COLS * 16 + 16, AT_PLAN = AT_ML + (W + 1) * COLS * 8;
-  static constexpr int AT_ARGS = AT_PLAN + (MAX_BATCH + 2) * 8, AT_BUF = AT_ARGS + (sizeof(Args) + 15) / 16 * 16, FREE = SHARED_LIMIT - TABLES - AT_BUF;
+  static constexpr int AT_ARGS = AT_PLAN + (MAX_BATCH + 2) * 8, AT_BUF = AT_ARGS + (sizeof(Args) + 15) / 16 * 16, FREE = SHARED_LIMIT - AT_BUF;
   static constexpr int FIT = FREE / (COLS * STRIDE * 4), ROUND = FIT >= W ? W : FIT >= W / 2 ? W / 2 : FIT >= W / 4 ? W / 4 : FIT >= W / 8 ? W / 8 : 1;
   static constexpr int SUB = W / COLS > ROUND ? ROUND : W / COLS > 0 ? W / COLS : 1;      // parts of the final merge done side by side
   static constexpr int SMEM = AT_BUF + ROUND * COLS * STRIDE * 4;
-  static_assert(SMEM + TABLES <= SHARED_LIMIT, "rings do not fit in shared memory");
+  static_assert(SMEM <= SHARED_LIMIT, "rings do not fit in shared memory");
 };
 
 // A line of `total` items in `blocks` parts; the first `more` parts are one item longer.

@@ -4,19 +4,33 @@
 // of the run, and the rotated query lies in that order (quantize). Values: coordinates (D/8) g .. of tokens 8 (4 f + b) + t + 4 r, numbered
 // 8 f + 4 r + b, as a lane's part of every output tile is anyway. A run begins with the register that the lane before leaves: one shuffle; the
 // first run of a token with the start state of its header. Two coordinates at a time: the bits of both and the six before them are
-// the number of a table's entry, two levels. Bound: look-ups in shared memory, 3.4 cycles for a warp's 64 levels where banks collide at random.
+// the number of a table's entry, two levels. A table is stored several times side by side, each copy in banks of its own and read by every
+// COPIES-th lane, because banks that 32 lanes hit at random cost 3.5 cycles a look-up, of 4 lanes 2.1. Bound: those look-ups.
 #pragma once
 #include "formats.cuh"
 constexpr int REGISTER = 6;                       // bits
+constexpr int TABLE_LIMIT = 32768, ROW = 128;     // bytes of all copies of a table; of one word in every bank
 __host__ __device__ constexpr int table_bytes(int format) { return is_trellis(format) ? 2 << (REGISTER + pair_bits(format)) : 0; }
+__host__ __device__ constexpr int copies_of(int format) { return table_bytes(format) * 8 <= TABLE_LIMIT ? 8 : table_bytes(format) * 4 <= TABLE_LIMIT ? 4 : table_bytes(format) * 2 <= TABLE_LIMIT ? 2 : 1; }
 
 template <int F_, int TOKENS_, int RUN_> struct Runs {               // RUN: coordinates
   static constexpr int F = F_, TOKENS = TOKENS_, RUN = RUN_;
   static constexpr int BITS = RUN * pair_bits(F) / 2, WORDS = TOKENS * BITS / 32, HELD = (REGISTER + BITS + 31) / 32, PIECE = WORDS % 4 ? 2 : 4;
 };
 // Two levels + ZERO of every window, from global to shared memory by the whole block.
-template <int BYTES> DI void copy_table(u16* to, const u32* from) {
-  for (int i = threadIdx.x; i < BYTES / 4; i += blockDim.x) ((u32*)to)[i] = __ldg(from + i);
+template <int F> DI void copy_table(unsigned char* to, const u32* from) {
+  constexpr int COPIES = copies_of(F), WORDS = ROW / 4 / COPIES;     // of a row, for one copy
+  for (int i = threadIdx.x; i < table_bytes(F) / 4; i += blockDim.x) {
+    const u32 two = __ldg(from + i);
+#pragma unroll
+    for (int c = 0; c < COPIES; c++) ((u32*)to)[i / WORDS * (ROW / 4) + c * WORDS + i % WORDS] = two;
+  }
+}
+// A lane's copy of a table in shared memory. `copies` is a number that the compiler does not know: a multiplication is on another pipe than a shift.
+struct Lookup { u32 at, copies; };
+template <int F> DI Lookup lookup(u32 table, int lane) {
+  Lookup l; constexpr int COPIES = copies_of(F); l.at = table + lane % COPIES * (ROW / COPIES);
+  asm volatile("mov.u32 %0,%1;" : "=r"(l.copies) : "n"(COPIES)); return l;
 }
 template <class R> DI void load_stream(u32 (&w)[R::WORDS], u32 base, int lane) {
 #pragma unroll
@@ -39,13 +53,19 @@ template <class R> DI void open_run(u32 (&run)[R::HELD], const u32 (&w)[R::WORDS
 #pragma unroll
   for (int k = 1; k < R::HELD; k++) run[k] = bits_from(w, begin + 32 * k - REGISTER);
 }
-// Levels + ZERO of coordinates 2 i and 2 i + 1 of a run, in two bytes.
-template <class R, class Table> DI u32 level_pair(const u32 (&run)[R::HELD], int i, const Table* table) {
-  constexpr int BITS = pair_bits(R::F); constexpr u32 MASK = ((1u << (REGISTER + BITS)) - 1) << 1;
-  const int end = i * BITS + REGISTER + BITS, word = (end - 1) >> 5, shift = (word + 1) * 32 - end - 1;              // twice the entry's number: its place in bytes
+// Twice the number of the entry of coordinates 2 i and 2 i + 1 of a run, above which other bits lie.
+template <class R> DI u32 window(const u32 (&run)[R::HELD], int i) {
+  constexpr int BITS = pair_bits(R::F);
+  const int end = i * BITS + REGISTER + BITS, word = (end - 1) >> 5, shift = (word + 1) * 32 - end - 1;
   const bool apart = end - REGISTER - BITS < word * 32;
-  const u32 x = shift < 0 ? run[word] << 1 : apart ? __funnelshift_r(run[word], run[word > 0 ? word - 1 : 0], shift) : run[word] >> shift;
-  return *(const u16*)((const char*)table + (x & MASK));
+  return shift < 0 ? run[word] << 1 : apart ? __funnelshift_r(run[word], run[word > 0 ? word - 1 : 0], shift) : run[word] >> shift;
+}
+template <class R> constexpr u32 WINDOW = ((1u << (REGISTER + pair_bits(R::F))) - 1) << 1;
+// Levels + ZERO of coordinates 2 i and 2 i + 1 of a run, in two bytes.
+template <class R> DI u32 level_pair(const u32 (&run)[R::HELD], int i, const Lookup& table) {
+  constexpr u32 COPIES = copies_of(R::F), LOW = ROW / COPIES - 2; const u32 x = window<R>(run, i); u32 at;
+  asm("mad.lo.u32 %0,%1,%2,%3;" : "=r"(at) : "r"(x & WINDOW<R> & ~LOW), "r"(table.copies), "r"((x & LOW) | table.at));
+  u16 two; asm("ld.shared.u16 %0,[%1];" : "=h"(two) : "r"(at)); return two;
 }
 DI u32 start_of(const Levels& book, u32 header) { return book.a >> (header >> 6 & 3) * 8 & 63; }
 DI u32 entry(uint4 scales, int i) { const u32 w = (&scales.x)[i >> 1]; return i & 1 ? w >> 16 : w & 0xffffu; }

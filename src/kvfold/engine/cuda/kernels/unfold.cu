@@ -44,7 +44,7 @@ template <class C, int F, int V> DI void unfold_side(const UnfoldArgs& P, unsign
   };
   if constexpr (is_trellis(F)) {
     using R = Runs<F, V ? 16 : 8, V ? C::D / 8 : C::D / 4>; u32 w[R::WORDS];
-    const u16* table = (const u16*)(V ? P.value_pairs : P.key_pairs);
+    const char* table = (const char*)(V ? P.value_pairs : P.key_pairs);
 #pragma unroll
     for (int i = 0; i < R::WORDS; i++) w[i] = *(const u32*)(codes + i / R::PIECE * R::PIECE * 128 + lane * R::PIECE * 4 + i % R::PIECE * 4);
 #pragma unroll
@@ -54,7 +54,7 @@ template <class C, int F, int V> DI void unfold_side(const UnfoldArgs& P, unsign
       u32 run[R::HELD]; open_run<R>(run, w, u, V ? lane - 4 : lane - 1, part == 0, start_of(V ? P.value : P.key, scales[(token & 7) * 8 + (token >> 3)]));
 #pragma unroll
       for (int i = 0; i < R::RUN / 2; i++) {
-        const u32 two = level_pair<R>(run, i, table); const int dim = part * R::RUN + 2 * i;
+        const u32 two = __ldg((const u16*)(table + (window<R>(run, i) & WINDOW<R>))); const int dim = part * R::RUN + 2 * i;
         put(token, dim, (int)(two & 255) - ZERO); put(token, dim + 1, (int)(two >> 8) - ZERO);
       }
     }
