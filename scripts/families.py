@@ -32,6 +32,9 @@ Layers are of the family's default config: *folded* ones; *exact* ones, whose sl
 *state*, recurrent or convolutional. The engine is the one `kvfold doctor` names for profile `balanced` on a CPU; where it is
 `torch`, head size or softmax (softcap, sink logits) has no native kernel, or keys and values differ in size.
 
+Softcapped models: load them with `attn_implementation="eager"` where transformers would take `sdpa` (5.17 does): that leaves the
+softcap out in layers that stay exact. Folded layers apply it always.
+
 Beside these, `tests/adapters/test_composite.py` holds: encoder-decoders (Bart) fold the decoder's own attention in
 `EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact; positions in three axes (Qwen2-VL) are
 equal; images that attend to themselves in both directions (Gemma 3 with images) are refused.

@@ -164,6 +164,8 @@ def config(family: str) -> Any:
         sizes |= MLA_HEADS
     own = CONFIG_MAPPING[family](**{**sizes, **OVERRIDES.get(family, {})})
     supports = MODEL_FOR_CAUSAL_LM_MAPPING[type(own)]._supports_sdpa
+    # Older transformers let sdpa run softcapped models, and leave the softcap out.
+    supports = supports and not getattr(own, "attn_logit_softcapping", None)
     own._attn_implementation = "sdpa" if supports else "eager"
     return own
 
