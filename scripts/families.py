@@ -31,6 +31,10 @@ before a token is stored.
 Layers are of the family's default config: *folded* ones; *exact* ones, whose sliding window or chunk bounds their memory;
 *state*, recurrent or convolutional. The engine is the one `kvfold doctor` names for profile `balanced` on a CPU; where it is
 `torch`, head size or softmax (softcap, sink logits) has no native kernel, or keys and values differ in size.
+
+Beside these, `tests/adapters/test_composite.py` holds: encoder-decoders (Bart) fold the decoder's own attention in
+`EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact; positions in three axes (Qwen2-VL) are
+equal; images that attend to themselves in both directions (Gemma 3 with images) are refused.
 """
 
 

@@ -137,6 +137,7 @@ FAMILIES = tuple(
         *("jetmoe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open"),
         *("afmoe", "cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss"),
         *("granite_swa", "llama4_text", "mimo_v2_flash", "ministral", "mistral", "olmo3", "vaultgemma"),
+        *("biogpt", "cohere2_moe", "dots1", "exaone_moe", "flint", "granitemoe_swa", "internlm3", "laguna", "mellum"),
         *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"),
         *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe"),
         *("nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba2"),

@@ -57,7 +57,7 @@ FULL_EVERY = {
 
 # Families whose layers have a learned logit in their softmax: no config says so.
 SINK_LOGITS = {
-    **dict.fromkeys(("gpt_oss", "granite_swa", "granitemoe_swa"), ("full", "sliding")),
+    **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa"), ("full", "sliding")),
     "mimo_v2_flash": ("sliding",),
 }
 

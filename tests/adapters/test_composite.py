@@ -1,0 +1,158 @@
+"""transformers: encoder-decoders, models that see, and what unusual softmaxes and widths go through besides plain calls."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.families import LENGTH, ROUNDING, STEPS, make, padded, prompt
+from torch import Tensor
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    EncoderDecoderCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+import kvfold
+from kvfold.errors import KvfoldError, Unsupported
+from kvfold.sessions.session import Session
+
+VOCABULARY = 61
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+IMAGE_TOKENS = slice(21, 25)
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    return float((got - want).abs().max()) < ROUNDING * float(want.std())
+
+
+@torch.no_grad()
+def test_encoder_decoders_fold_what_the_decoder_reads_of_itself() -> None:
+    """Cross-attention has a cache of its own, which stays exact; a FoldedCache in its place is refused."""
+    torch.manual_seed(0)
+    sizes = {f"{side}_{n}": x for side in ("encoder", "decoder") for n, x in (("layers", 2), ("attention_heads", 2))}
+    config = BartConfig(vocab_size=VOCABULARY, d_model=32, max_position_embeddings=400, pad_token_id=0, **sizes)
+    model = BartForConditionalGeneration(config).eval()
+    source, target = prompt(1, 40), prompt(1, LENGTH, seed=1)
+    want = model(input_ids=source, decoder_input_ids=target).logits
+    with kvfold.attach(model):
+        folded = kvfold.FoldedCache(config, "lossless")
+        cache = EncoderDecoderCache(folded, DynamicCache())
+        parts = [
+            model(input_ids=source, decoder_input_ids=x, past_key_values=cache).logits for x in target.split(150, 1)
+        ]
+        assert close(torch.cat(parts, 1), want)
+        assert all(s.folded for x in folded.folded_layers for s in x.folded.sequences)
+        with pytest.raises(KvfoldError):
+            model(input_ids=source, decoder_input_ids=target, past_key_values=kvfold.FoldedCache(config, "lossless"))
+
+
+@torch.no_grad()
+def test_positions_in_three_axes() -> None:
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14, "mlp_ratio": 2}
+    config = Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=60,
+        video_token_id=59,
+        vision_start_token_id=58,
+        vision_end_token_id=57,
+    )
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    ids = prompt(1, LENGTH) % 50 + 3
+    ids[:, IMAGE_TOKENS.start - 1], ids[:, IMAGE_TOKENS], ids[:, IMAGE_TOKENS.stop] = 58, 60, 57
+    image = {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    kinds = (ids == 60).int()
+
+    def logits(cache: Any) -> Tensor:
+        first = model(ids[:, :150], mm_token_type_ids=kinds[:, :150], past_key_values=cache, **image).logits
+        return torch.cat([first, model(ids[:, 150:], past_key_values=cache).logits], 1)
+
+    want = logits(DynamicCache(config=config))
+    with kvfold.attach(model):
+        cache = kvfold.FoldedCache(config, "lossless")
+        assert close(logits(cache), want)
+    assert len(cache.folded_layers) == len(cache.layers)
+
+
+@torch.no_grad()
+def test_images_that_see_themselves_in_both_directions_are_refused() -> None:
+    torch.manual_seed(0)
+    text = {**TEXT, "head_dim": 16, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=60,
+    )
+    model = Gemma3ForConditionalGeneration(config).eval()
+    ids = prompt(1, LENGTH) % 50 + 3
+    ids[:, IMAGE_TOKENS] = 60
+    with kvfold.attach(model), pytest.raises(Unsupported, match="not plain causal"):
+        model(
+            input_ids=ids,
+            token_type_ids=(ids == 60).int(),
+            pixel_values=torch.randn(1, 3, 28, 28),
+            past_key_values=kvfold.FoldedCache(config, "lossless"),
+        )
+
+
+UNUSUAL = ("gemma2", "gpt_oss", "mimo_v2_flash")
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_beams(family: str) -> None:
+    model = make(family)
+    ids, mask = padded()
+    options = {"attention_mask": mask[:, :LENGTH], "max_new_tokens": STEPS, "num_beams": 3, "do_sample": False}
+    want = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+    with kvfold.attach(model):
+        got = model.generate(ids, past_key_values=kvfold.FoldedCache(model.config, "lossless"), **options)
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_forks_trims_copies_and_watchers(family: str) -> None:
+    model = make(family)
+    with kvfold.attach(model):
+        cache = kvfold.FoldedCache(model.config, "turbo-3")
+        cache.watch(every=1)
+        for part in prompt(1, 400).split(100, 1):
+            model(part, past_key_values=cache)
+        others = [cache.fork(), pickle.loads(pickle.dumps(cache))]
+        want = model(prompt(1, 3, seed=2), past_key_values=cache).logits
+        for other in others:
+            assert torch.equal(model(prompt(1, 3, seed=2), past_key_values=other).logits, want)
+        for row in cache.report()["layers"]:
+            if row["kind"] == "folded":
+                assert 0 < row["fidelity"]["output_error"] < 0.5
+                assert 0 < row["fidelity"]["folded_mass"] < 1
+
+
+def test_sessions_of_unequal_widths_live_in_memory(tmp_path: Path) -> None:
+    model = make("mimo_v2_flash")
+    session = Session.new(model, profile="lossless")
+    session.extend(prompt(1, 300)[0].tolist())
+    with pytest.raises(Unsupported, match="keys of 24 and values of 16"):
+        session.save(tmp_path / "kept")
+    kvfold.detach(model)
