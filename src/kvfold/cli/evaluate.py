@@ -153,7 +153,7 @@ def eval_(
 
 
 # Of a baseline on a terminal; --json has all.
-BRIEF = ("baseline", "kld_mean", "kld_se", "top1_agreement", "perplexity_change", "bits_per_value", "exact_tokens_mean")
+BRIEF = ("baseline", "kld_mean", "top1_agreement", "perplexity_change", "bits_per_value")
 
 
 def _show(result: dict[str, Any], title: str) -> None:
