@@ -124,9 +124,11 @@ class FoldedAttention:
 
     def _check_finite(self, k: Tensor, v: Tensor, pads: Sequence[int]) -> None:
         """Vectors that a fold could not represent are refused when they arrive, not a page later."""
-        for side, spec, x in (("key", self.spec.key, k), ("value", self.spec.value, v)):
-            if spec.codec == "raw" or bool(torch.isfinite(x).all()):
-                continue
+        coded = [(n, x) for n, s, x in (("key", self.spec.key, k), ("value", self.spec.value, v)) if s.codec != "raw"]
+        # One answer for both sides: a GPU is waited for once.
+        if not coded or bool(torch.stack([torch.isfinite(x).all() for _, x in coded]).all()):
+            return
+        for side, x in coded:
             for b, p in enumerate(pads):
                 if not bool(torch.isfinite(x[b, :, p:]).all()):
                     raise NonFiniteInput(

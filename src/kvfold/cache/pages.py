@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvfold.cache.memory import reserve
 from kvfold.cache.sizes import mapped, slab_pages
+from kvfold.engine.request import Runs
 
 
 class PagePool:
@@ -146,16 +147,16 @@ class PagePool:
         slab, row = self._where[page]
         return self._slabs[slab][row]
 
-    def runs(self, pages: list[int]) -> list[Tensor]:
+    def runs(self, pages: list[int]) -> Runs:
         """The pages in order, as views [n, page_bytes] over maximal stretches of consecutive rows."""
+        out = Runs()
         if not pages:
-            return []
+            return out
         cuts = [0]
         for i, (a, b) in enumerate(pairwise(pages)):
             if b != a + 1 or self._where[a][0] != self._where[b][0]:
                 cuts.append(i + 1)
         cuts.append(len(pages))
-        out = []
         for a, b in pairwise(cuts):
             slab, row = self._where[pages[a]]
             out.append(self._slabs[slab][row : row + b - a])

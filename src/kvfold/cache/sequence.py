@@ -13,11 +13,11 @@ from torch import Tensor
 from kvfold.cache.pages import PagePool
 from kvfold.cache.sizes import TABLE_ENTRY_BYTES
 from kvfold.config import PAGE_TOKENS, CacheSpec
-from kvfold.engine.request import SequenceView
+from kvfold.engine.request import Runs, SequenceView
 from kvfold.errors import CannotTrim
 
-# Pages folded by one engine call: bounds the float32 copies of a long prefill call.
-FOLD_PAGES = 8
+# Pages folded by one engine call: bounds the float32 copies of a long prefill call. A GPU needs more at a time to be busy.
+FOLD_PAGES, FOLD_PAGES_ON_GPU = 8, 64
 
 State = tuple[Tensor | None, Tensor | None]
 
@@ -63,6 +63,7 @@ class LayerSequence:
         self.pages: list[int] = []  # changed in place only: the finalizer holds this list
         self.length = self.folded = self.exact_start = 0
         self.unchanged = 0  # leading pages that are as they were at the last `mark`
+        self._runs: Runs | None = None  # of `pages`, until they change
         self.state: State = (None, None)
         self._own_pages()
 
@@ -89,9 +90,12 @@ class LayerSequence:
     def view(self, pads: int) -> SequenceView:
         """The sequence as attention of the next call reads it."""
         k, v = self._ring(self.folded, self.length)
-        return SequenceView(
-            self.pool.runs(self.pages), self.folded, self.sinks_k, self.sinks_v, k, v, pads, *self.state
-        )
+        return SequenceView(self._in_runs(), self.folded, self.sinks_k, self.sinks_v, k, v, pads, *self.state)
+
+    def _in_runs(self) -> Runs:
+        if self._runs is None:
+            self._runs = self.pool.runs(self.pages)
+        return self._runs
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens k, v [H, n, D] after their attention was computed, and fold every page that leaves the window.
@@ -118,8 +122,9 @@ class LayerSequence:
                 row.copy_(self.pool.row(self.pages[-1]))
                 self.engine.refill(row, *self._tokens(k, v, at, stop), state)
                 at = stop
+            most = FOLD_PAGES if k.device.type == "cpu" else FOLD_PAGES_ON_GPU
             while at < target:
-                stop = min(target, at + FOLD_PAGES * PAGE_TOKENS)
+                stop = min(target, at + most * PAGE_TOKENS)
                 block = [self.pool.allocate() for _ in range(at, stop, PAGE_TOKENS)]
                 new += block
                 keys, values = (x.unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1) for x in self._tokens(k, v, at, stop))
@@ -135,7 +140,9 @@ class LayerSequence:
         total = self.length + k.shape[1]
         for page in self.pages[staged.keep :]:
             self.pool.release(page)
-        self.pages[staged.keep :] = staged.new
+        if staged.new or staged.keep < len(self.pages):
+            self.pages[staged.keep :] = staged.new
+            self._runs = None
         self.unchanged = min(self.unchanged, staged.keep)
         self.state = staged.state
         start = max(self.length, total - self.ring)
@@ -193,6 +200,7 @@ class LayerSequence:
             self.state = (None, None)
         while (len(self.pages) - 1) * PAGE_TOKENS >= self.folded and self.pages:
             self.pool.release(self.pages.pop())
+            self._runs = None
         self.unchanged = min(self.unchanged, len(self.pages))
         self.length = length
 
@@ -232,6 +240,7 @@ class LayerSequence:
         exact: the newest tokens [H, n, D], at least those not folded. Sinks are set apart (`sinks_k`, `sinks_v`).
         """
         self.pages[:] = pages
+        self._runs = None
         self.length, self.folded, self.exact_start = length, folded, length - exact[0].shape[1]
         self.state = state
         self._set_ring(*exact)
@@ -239,7 +248,7 @@ class LayerSequence:
     def detached(self, where: dict[int, int]) -> dict[str, Any]:
         """Everything but engine and pool; pages as their numbers in `where`."""
         own = {k: x for k, x in self.__dict__.items() if k not in ("engine", "pool")}
-        return {**own, "pages": [where[page] for page in self.pages]}
+        return {**own, "_runs": None, "pages": [where[page] for page in self.pages]}
 
     @classmethod
     def attached(cls, engine: Engine, pool: PagePool, state: dict[str, Any], ids: list[int]) -> LayerSequence:
@@ -254,6 +263,7 @@ class LayerSequence:
 
     def release(self) -> None:
         """Give the pages back; the sequence must not be used afterwards."""
+        self._runs = None
         while self.pages:
             self.pool.release(self.pages.pop())
 

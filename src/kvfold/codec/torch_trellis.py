@@ -65,6 +65,7 @@ class Trellis:
         self.fields = fields(spec, dim)
         self.book = code(spec.bits)
         self.search: Search = viterbi  # an engine with a faster equal puts it here
+        self.block = BLOCK
         self.rotation = Rotation(spec.rotation, dim, keys, device)
         # Two steps at a time: their widths, and both levels of every window of two steps.
         self.widths = self.book.widths * (2 // self.book.period)
@@ -122,7 +123,7 @@ class Trellis:
         }
 
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [self.search(block, self.book) for block in x.int().split(BLOCK)]
+        parts = [self.search(block, self.book) for block in x.int().split(self.block)]
         return torch.cat([s for s, _ in parts]), torch.cat([s for _, s in parts])
 
     def _levels(self, symbols: Tensor, first: Tensor) -> Tensor:

@@ -42,6 +42,12 @@ class LayerShape:
         return range(self.first_head, self.first_head + self.kv_heads)
 
 
+class Runs(list[Tensor]):
+    """Pages in order, as views [n, page_bytes] of consecutive ones. table: what an engine made of them while they stay."""
+
+    table: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class SequenceView:
     """One row of a call, as it was before the call.

@@ -24,7 +24,7 @@ from kvfold.engine.cuda.fragments import Fragments, format_of
 from kvfold.engine.cuda.prefill import MIN_COLUMNS, TILE_TOKENS, Merge, attention_part
 from kvfold.engine.cuda.streams import Search, level_pairs
 from kvfold.engine.on_torch import TorchEngine
-from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
+from kvfold.engine.request import AttendRequest, LayerShape, Runs, SequenceView
 from kvfold.errors import NoImplementation, NonFiniteInput
 from kvfold.rotation.reference import signs, stream
 
@@ -32,8 +32,8 @@ HEAD_DIMS = (64, 128, 256)
 CODECS = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5)}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_BATCH = 128  # kernels/ring.cuh
-TABLES_KEPT = 2 * MAX_BATCH  # page tables of one layer kept on the device
 FOLD_PAGES = 64  # coded at a time by torch
+SEARCHED = 1 << 18  # vectors at a time
 SEQUENCE_WORDS = 9  # 64-bit words of struct Sequence
 COPY_MIN_CAPABILITY = (9, 0)  # bulk copies; below it cp.async
 MIN_CAPABILITY = (8, 0)
@@ -103,12 +103,11 @@ class CudaEngine:
             self._books = [book_of(s, dim) for s in sides]
         for codec in (self.reference.key, self.reference.value):
             if isinstance(codec, Trellis):
-                codec.search = Search(codec.book, dim, self.capability, device)
+                codec.search, codec.block = Search(codec.book, dim, self.capability, device), SEARCHED
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
         # Into and out of the rotated basis by one product each: for thousands of queries cheaper than butterflies in torch.
         eye = torch.eye(dim, device=device).expand(shape.kv_heads, dim, dim)
         self._turns = (self.reference.key.project(eye, None), self.reference.value.lift(eye, None))
-        self._tables: dict[tuple[tuple[int, int], ...], Tensor] = {}
         self._nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
 
     # ---- what the cache asks of every engine
@@ -280,15 +279,13 @@ class CudaEngine:
 
     def _addresses(self, runs: list[Tensor]) -> Tensor:
         """int64 device tensor: the address of every page. Kept while the pages stay the same, i.e. until the next fold."""
-        key = tuple((r.data_ptr(), len(r)) for r in runs)
-        if key not in self._tables:
-            while len(self._tables) >= TABLES_KEPT:
-                del self._tables[next(iter(self._tables))]
-            parts = [np.arange(n, dtype=np.int64) * self.page_bytes + at for at, n in key]
-            self._tables[key] = torch.from_numpy(np.concatenate(parts) if parts else np.zeros(1, np.int64)).to(
-                self.device
-            )
-        return self._tables[key]
+        if isinstance(runs, Runs) and runs.table is not None:
+            return runs.table
+        parts = [np.arange(len(r), dtype=np.int64) * self.page_bytes + r.data_ptr() for r in runs]
+        table = torch.from_numpy(np.concatenate(parts) if parts else np.zeros(1, np.int64)).to(self.device)
+        if isinstance(runs, Runs):
+            runs.table = table
+        return table
 
     def variant(self, columns: int, mode: int = 0) -> tuple[int, ...]:
         """Compile-time constants of the decode kernel for rows of `columns` queries (see kernels/decode.cu)."""
