@@ -51,7 +51,7 @@ def filled() -> FoldedAttention:
     ("k", "v", "kind", "named"),
     [
         (ones(dim=DIM)[0], ones(), ShapeMismatch, r"\[batch, heads, tokens, head_dim\]"),
-        (ones(), ones(dim=16), ShapeMismatch, "one shape"),
+        (ones(), ones(dim=16), ShapeMismatch, f"head_dim {DIM} and {DIM}"),
         (ones(tokens=2), ones(tokens=3), ShapeMismatch, "one shape"),
         (ones(batch=3), ones(batch=3), ShapeMismatch, "2 sequences"),
         (ones(heads=4), ones(heads=4), ShapeMismatch, "2 heads"),
