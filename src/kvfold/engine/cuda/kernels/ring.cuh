@@ -91,6 +91,7 @@ template <class C> DI void make_plan(const Args& P, Plan& plan) {    // all thre
       for (int s = 1; s < 32; s *= 2) { int y = __shfl_up_sync(~0u, x, s); if (threadIdx.x >= s) x += y; }
       x += carry; if (b < P.B) plan.first[b + 1] = x; carry = __shfl_sync(~0u, x, 31);
     }
+    __syncwarp();                                 // thread 0 reads what another lane wrote
     if (threadIdx.x == 0) { plan.first[0] = 0; plan.exact[MAX_BATCH + 1] = plan.choose_blocks(same); }
   }
   __syncthreads();
