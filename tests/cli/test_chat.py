@@ -24,6 +24,7 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job is started without it
             os.environ.update(TERM="xterm", COLUMNS="100", LINES="40", PROMPT_TOOLKIT_NO_CPR="1", OMP_NUM_THREADS="1")
             os.execv(sys.executable, [sys.executable, *ARGUMENTS, *arguments])
         self.text, self.seen = "", 0

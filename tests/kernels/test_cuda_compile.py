@@ -15,7 +15,7 @@ from kvfold.errors import NoImplementation
 SPILL_BUDGET = {"decode.cu": 320, "fold.cu": 24, "unfold.cu": 0}
 CAPABILITY = {"80": (8, 0), "86": (8, 6), "90": (9, 0), "100": (10, 0), "120": (12, 0)}
 ARCHS = tuple(CAPABILITY)
-FORMATS = ((4, 4), (3, 3), (1, 1), (3, 1), (17, 15), (16, 14), (15, 13))
+FORMATS = ((4, 4), (3, 3), (1, 1), (3, 1), (17, 15))
 TRELLIS = 10  # formats above it
 
 pytestmark = pytest.mark.slow
