@@ -79,7 +79,7 @@ def book_of(spec: SideSpec, dim: int) -> Book:
 
 
 def shared_limit(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory one block may have; kernels/ring.cuh holds the same table."""
+    """Bytes of shared memory one block may have; kernels/trellis.cuh holds the same table."""
     if capability in ((8, 0), (8, 7)):
         return 166912
     return 232448 if (9, 0) <= capability < (12, 0) else 101376
@@ -91,7 +91,7 @@ def plan_rings(dim: int, formats: tuple[int, int], mean: bool, groups: int, limi
     Leaves room for merging two warps' results at a time; takes fewer warps where two slots each do not fit.
     """
     key, value = (code_bytes(dim, f) + SCALE_BYTES for f in formats)
-    tables = sum(table_bytes(f - TRELLIS) for f in formats if f > TRELLIS)
+    tables = sum(table_bytes(f - TRELLIS, limit) for f in formats if f > TRELLIS)
     slot = max(key + (-(-dim // 128) * 128 if mean else 0), value)
     columns, warps = 4 * groups, WARPS[dim, groups]
     while True:

@@ -18,7 +18,6 @@ HALF_TOKENS = 64
 LANES = 32
 ZERO = 64  # kernels/formats.cuh: what is added to a level to make it a byte
 WARPS = 8  # kernels/viterbi.cu
-TABLE_LIMIT = 32768  # bytes; kernels/trellis.cuh
 
 
 @functools.cache
@@ -74,10 +73,10 @@ def level_pairs(bits: float, device: torch.device) -> Tensor:
     return (pairs + ZERO).to(torch.uint8).to(device)
 
 
-def table_bytes(pair_bits: int) -> int:
-    """Shared memory for all copies of a table of level pairs (kernels/trellis.cuh)."""
-    one = 2 * STATES << pair_bits
-    return one * next(copies for copies in (8, 4, 2, 1) if one * copies <= TABLE_LIMIT or copies == 1)
+def table_bytes(pair_bits: int, shared: int) -> int:
+    """Bytes of all copies of a table of level pairs on a chip whose blocks may have `shared` bytes (kernels/trellis.cuh)."""
+    one, most = 2 * STATES << pair_bits, 32768 if shared > 131072 else 8192
+    return one * next(copies for copies in (8, 4, 2, 1) if one * copies <= most or copies == 1)
 
 
 class SearchArgs(ctypes.Structure):

@@ -17,13 +17,6 @@ struct Args {
   int B, H, G, Q, sinks, tiles; float scale; Levels key, value; const u32 *key_pairs, *value_pairs;           // tables of trellis.cuh
 };
 constexpr int MAX_BATCH = 128, EXACT_ITEM = 32;
-#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-constexpr int SHARED_LIMIT = 232448;              // bytes of shared memory of one block, see engine.shared_limit
-#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-constexpr int SHARED_LIMIT = 166912;
-#else
-constexpr int SHARED_LIMIT = 101376;
-#endif
 
 // One kernel variant. W warps, R ring slots per warp, NG groups of 4 query columns, BULK: cp.async.bulk, H16: float16 model.
 // MODE 0 real, 1 loads only, 2 arithmetic only (1 and 2 are for measuring: wrong results).

@@ -9,7 +9,14 @@
 #pragma once
 #include "formats.cuh"
 constexpr int REGISTER = 6;                       // bits
-constexpr int TABLE_LIMIT = 32768, ROW = 128;     // bytes of all copies of a table; of one word in every bank
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+constexpr int SHARED_LIMIT = 232448;              // bytes of shared memory of one block, see engine.shared_limit
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int SHARED_LIMIT = 166912;
+#else
+constexpr int SHARED_LIMIT = 101376;
+#endif
+constexpr int TABLE_LIMIT = SHARED_LIMIT > 131072 ? 32768 : 8192, ROW = 128;                  // bytes of all copies of a table; of one word in every bank
 __host__ __device__ constexpr int table_bytes(int format) { return is_trellis(format) ? 2 << (REGISTER + pair_bits(format)) : 0; }
 __host__ __device__ constexpr int copies_of(int format) { return table_bytes(format) * 8 <= TABLE_LIMIT ? 8 : table_bytes(format) * 4 <= TABLE_LIMIT ? 4 : table_bytes(format) * 2 <= TABLE_LIMIT ? 2 : 1; }
 
