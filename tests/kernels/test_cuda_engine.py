@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvfold.config import CacheSpec, SideSpec
+from kvfold.bench.cuda_decode import side_spec
+from kvfold.config import CacheSpec
 from kvfold.engine import reference
 from kvfold.engine.cuda.engine import CudaEngine, why_not
 from kvfold.engine.on_torch import TorchEngine
@@ -19,31 +20,13 @@ from kvfold.errors import NonFiniteInput
 # Rule: error <= 2 x that of plain attention over the unfolded pages in the model's dtype, both against float32 attention.
 # FLOOR is for rows so short that plain code is luckier than its own rounding: one rounding of the output.
 FLOOR = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
-CODECS = {
-    "4": ("mse", 4),
-    "3": ("mse", 3),
-    "2": ("mse", 2),
-    "u": ("uniform", 2),
-    "a": ("trellis", 3.5),
-    "b": ("trellis", 2.5),
-    "c": ("trellis", 3),
-    "d": ("trellis", 2),
-    "e": ("trellis", 1.5),
-    "f": ("trellis", 1),
-}
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def spec_of(key: str, value: str, **more: object) -> CacheSpec:
-    (kc, kb), (vc, vb) = CODECS[key], CODECS[value]
     options: dict[str, object] = {"sinks": 4, "window": 64, "seed": random.randrange(1 << 31), **more}
     search = int(options.pop("search", 3))  # type: ignore[call-overload]
-    grids = {"trellis": 1}  # what a trellis code searches are paths
-    return CacheSpec(
-        SideSpec(kc, kb, "unbiased", search=grids.get(kc, search)),
-        SideSpec(vc, vb, "least-squares", search=grids.get(vc, search)),
-        **options,
-    )  # type: ignore[arg-type]
+    return CacheSpec(side_spec(key, "unbiased", search), side_spec(value, "least-squares", search), **options)  # type: ignore[arg-type]
 
 
 def engines(

@@ -47,13 +47,13 @@ class Shape:
         return 2 * sum(self.lengths) * self.kv_heads * self.dim
 
 
+def side_spec(letter: str, scale: str, search: int) -> SideSpec:
+    codec, bits = CODECS[letter]
+    return SideSpec(codec, bits, scale, search=1 if codec == "trellis" else search)  # a trellis code searches paths
+
+
 def engine(key: str, value: str, shape: Shape, bulk: bool | None = None, search: int = 1) -> CudaEngine:
-    (kc, kb), (vc, vb) = CODECS[key], CODECS[value]
-    grids = {"trellis": 1}  # what a trellis code searches are paths
-    spec = CacheSpec(
-        SideSpec(kc, kb, "unbiased", search=grids.get(kc, search)),
-        SideSpec(vc, vb, "least-squares", search=grids.get(vc, search)),
-    )
+    spec = CacheSpec(side_spec(key, "unbiased", search), side_spec(value, "least-squares", search))
     return CudaEngine(
         spec, LayerShape(0, shape.kv_heads, shape.dim, 2), torch.bfloat16, torch.device("cuda", 0), bulk=bulk
     )

@@ -24,6 +24,11 @@ BLOCK = 1 << 12  # vectors searched at a time: backpointers are 64 bytes per val
 
 def viterbi(x: Tensor, book: Code) -> tuple[Tensor, Tensor]:
     """codec.trellis.viterbi: inputs int32 [N, D] -> (symbols uint8 [N, D], first states uint8 [N])."""
+    parts = [_viterbi(block, book) for block in x.split(BLOCK)]
+    return torch.cat([s for s, _ in parts]), torch.cat([s for _, s in parts])
+
+
+def _viterbi(x: Tensor, book: Code) -> tuple[Tensor, Tensor]:
     n, dim = x.shape
     device = x.device
     levels = torch.tensor(book.levels, dtype=torch.int32, device=device) * book.grid
@@ -65,7 +70,6 @@ class Trellis:
         self.fields = fields(spec, dim)
         self.book = code(spec.bits)
         self.search: Search = viterbi  # an engine with a faster equal puts it here
-        self.block = BLOCK
         self.rotation = Rotation(spec.rotation, dim, keys, device)
         # Two steps at a time: their widths, and both levels of every window of two steps.
         self.widths = self.book.widths * (2 // self.book.period)
@@ -92,7 +96,7 @@ class Trellis:
         u = y * torch.where(r > 0, self.one / r, 0.0)[..., None]
         rms = r * float(inverse_sqrt(self.dim))
         inputs = (u * float(self.book.gain)).round_().clamp_(-self.book.clip, self.book.clip)
-        flat, states = self._search(inputs.flatten(0, -2))
+        flat, states = self.search(inputs.flatten(0, -2).int(), self.book)
         symbols, first = flat.view(u.shape), states.view(r.shape)
         levels = self._levels(symbols, first)
         dot, square = tree_sum(u * levels), tree_sum(levels * levels)
@@ -121,10 +125,6 @@ class Trellis:
             "header": (scale | start << SCALE_BITS)[..., None],
             "unit": unit.masked_fill(~torch.isfinite(r).all(-1)[..., None, None], torch.inf),
         }
-
-    def _search(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [self.search(block, self.book) for block in x.int().split(self.block)]
-        return torch.cat([s for s, _ in parts]), torch.cat([s for _, s in parts])
 
     def _levels(self, symbols: Tensor, first: Tensor) -> Tensor:
         """Levels float32 [..., D] of symbols uint8 [..., D] and first states uint8 [...]."""

@@ -32,8 +32,6 @@ HEAD_DIMS = (64, 128, 256)
 CODECS = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5)}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_BATCH = 128  # kernels/ring.cuh
-FOLD_PAGES = 64  # coded at a time by torch
-SEARCHED = 1 << 18  # vectors at a time
 SEQUENCE_WORDS = 9  # 64-bit words of struct Sequence
 COPY_MIN_CAPABILITY = (9, 0)  # bulk copies; below it cp.async
 MIN_CAPABILITY = (8, 0)
@@ -103,7 +101,7 @@ class CudaEngine:
             self._books = [book_of(s, dim) for s in sides]
         for codec in (self.reference.key, self.reference.value):
             if isinstance(codec, Trellis):
-                codec.search, codec.block = Search(codec.book, dim, self.capability, device), SEARCHED
+                codec.search = Search(codec.book, dim, self.capability, device)
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
         # Into and out of the rotated basis by one product each: for thousands of queries cheaper than butterflies in torch.
         eye = torch.eye(dim, device=device).expand(shape.kv_heads, dim, dim)
@@ -131,12 +129,10 @@ class CudaEngine:
         Raises NonFiniteInput if a vector holds NaN or infinity or its scale exceeds float16; `out` is then unspecified.
         """
         if not self.has_fold:
-            for at in range(0, len(out), FOLD_PAGES):
-                part = slice(at, at + FOLD_PAGES)
-                rows = torch.zeros(len(out[part]), self.reference.page_bytes, dtype=torch.uint8, device=self.device)
-                self.reference.fold(keys[part], values[part], first and at == 0, list(rows), state)
-                for row, target in zip(self.fragments.from_canonical(rows), out[part], strict=True):
-                    target.copy_(row)
+            rows = torch.zeros(len(out), self.reference.page_bytes, dtype=torch.uint8, device=self.device)
+            self.reference.fold(keys, values, first, list(rows), state)
+            for row, target in zip(self.fragments.from_canonical(rows), out, strict=True):
+                target.copy_(row)
             return
         addresses = torch.tensor([row.data_ptr() for row in out], dtype=torch.int64).to(self.device)
         self.fold_to(keys, values, first, addresses)

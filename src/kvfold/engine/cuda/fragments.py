@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from kvfold.codebook.trellis import code
+from kvfold.codebook.trellis import Code, code
 from kvfold.engine.cuda.streams import HALF_TOKENS, LANES, pack_streams, unpack_streams
 from kvfold.packing.layout import PageLayout
 from kvfold.packing.on_torch import PageCodec
@@ -157,6 +157,9 @@ class Fragments:
         at = half * self.half_bytes + self.mean_bytes + (self.side["key"] if side == "value" else 0)
         return slice(at, at + self.side[side] - SCALE_BYTES)
 
+    def _book(self, side: str) -> Code:
+        return code((self.formats[side] - TRELLIS) / 2)
+
     def _scales(self, regions: Tensor, side: str, half: int) -> Tensor:
         """View [..., g, i, byte] of a side's scales: those of tokens 8 i + g."""
         at = self._codes(side, half).stop
@@ -211,7 +214,7 @@ class Fragments:
 
     def _put_trellis(self, out: Tensor, rows: Tensor, side: str) -> None:
         pages, fields = PageCodec(self.layout), {f.name: f for f in getattr(self.layout, side)}
-        book = code((self.formats[side] - TRELLIS) / 2)
+        book = self._book(side)
         parts = [pages.read(rows, side, fields[name]) for name in ("symbols", "odd_symbols")[: book.period]]
         symbols = parts[0] if book.period == 1 else torch.stack(parts, dim=-1).flatten(-2)
         headers = pages.read(rows, side, fields["header"])[..., 0].unflatten(-1, (2, 8, 8)).mT  # [..., half, g, i]
@@ -249,7 +252,7 @@ class Fragments:
         return {"codes": torch.cat(codes, dim=-2), "scale": torch.cat(scales, dim=-1)[..., None]}
 
     def _read_trellis(self, src: Tensor, side: str) -> dict[str, Tensor]:
-        book, codes, headers = code((self.formats[side] - TRELLIS) / 2), [], []
+        book, codes, headers = self._book(side), [], []
         for h in (0, 1):
             codes.append(unpack_streams(src[..., self._codes(side, h)], self.dim, book, side == "value"))
             headers.append(self._scales(src, side, h)[..., 0].mT.flatten(-2))

@@ -3,7 +3,7 @@
 // Layout: pages in fragment order (formats.cuh), addresses per sequence in the Sequence table; q, out [B, H G, Q, D]; new k, v [B, H, Q, D].
 // Grid: one block per SM; items of all rows cut into equal parts (ring.cuh). Columns of a row: query i of head h G + j is column i G + j.
 // Limits: D 64, 128, 256; 16-bit models; up to MAX_BATCH sequences; more than 4 NG columns are walked in tiles.
-// Bound: HBM at 4 and 3 bits and uniform 2 bits; integer pipe at free 2-bit levels; shared memory at trellis codes.
+// Bound: HBM at 4 and 3 bits and uniform 2 bits; integer pipe at free 2-bit levels and trellis codes.
 #include "merge.cuh"
 
 template <class C> DI void page_loads_only(Ring<C>& ring, u32& junk, int lane) {

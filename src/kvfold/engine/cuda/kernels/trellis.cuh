@@ -5,12 +5,12 @@
 // 8 f + 4 r + b, as a lane's part of every output tile is anyway. A run begins with the register that the lane before leaves: one shuffle; the
 // first run of a token with the start state of its header. Two coordinates at a time: the bits of both and the six before them are
 // the number of a table's entry, two levels. A table is stored several times side by side, each copy in banks of its own and read by every
-// COPIES-th lane, because banks that 32 lanes hit at random cost 3.5 cycles a look-up, of 4 lanes 2.1. Bound: those look-ups.
+// COPIES-th lane, because banks that 32 lanes hit at random cost 3.5 cycles a look-up, of 4 lanes 2.1. Bound: the integer pipe, which makes their addresses.
 #pragma once
 #include "formats.cuh"
 constexpr int REGISTER = 6;                       // bits
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-constexpr int SHARED_LIMIT = 232448;              // bytes of shared memory of one block, see engine.shared_limit
+constexpr int SHARED_LIMIT = 232448;              // bytes of shared memory of one block, see arguments.shared_limit
 #elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
 constexpr int SHARED_LIMIT = 166912;
 #else
