@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,8 @@ def rotations(call_bytes: int) -> int:
     return max(1, -(-ROTATE_BYTES // call_bytes))
 
 
-def time_calls(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> Timing:
-    """calls: the same work on rotating inputs, captured together; falls back to plain launches if capture is refused."""
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """The calls as one graph, compiled, captured and warm."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:3]:
@@ -41,17 +41,41 @@ def time_calls(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> 
     for _ in range(3):
         graph.replay()
     torch.cuda.synchronize()
+    return graph
+
+
+def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    a.record()
+    graph.replay()
+    b.record()
+    torch.cuda.synchronize()
+    return a.elapsed_time(b) * 1000
+
+
+def _quantiles(times: list[float]) -> Timing:
+    times = sorted(times)
+    return Timing(statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10])
+
+
+def time_calls(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> Timing:
+    """calls: the same work on rotating inputs, captured together."""
+    graph = _captured(calls)
     times: list[float] = []
     start = time.monotonic()
     while len(times) < REPLAYS and (len(times) < 7 or time.monotonic() - start < seconds):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        graph.replay()
-        b.record()
-        torch.cuda.synchronize()
-        times.append(a.elapsed_time(b) * 1000 / len(calls))
-    times.sort()
-    return Timing(statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10])
+        times.append(_replay_us(graph) / len(calls))
+    return _quantiles(times)
+
+
+def time_interleaved(contenders: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 15) -> dict[str, Timing]:
+    """Several contenders in turn, `rounds` times round, so that a drift of clocks meets all of them alike."""
+    graphs = {name: _captured(calls) for name, calls in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            times[name].append(_replay_us(graph) / len(contenders[name]))
+    return {name: _quantiles(t) for name, t in times.items()}
 
 
 def time_launches(call: Callable[[], object], times: int = 9) -> Timing:
