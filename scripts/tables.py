@@ -118,21 +118,54 @@ def memory_table() -> str:
     return markdown(["prompt tokens", "stock cache (float32)", "folded", "of it beyond the folded bytes"], body)
 
 
+def cpu_runs() -> list[dict[str, Row]]:
+    """Interleaved runs of the newest commit in cpu.csv, rows by contender: only rows of one run are compared."""
+    rows = read("cpu")
+    runs: list[dict[str, Row]] = []
+    for r in rows:
+        if r["commit"] == rows[-1]["commit"]:
+            if r["contender"] == "kvfold":  # the first of every run
+                runs.append({})
+            runs[-1][r["contender"]] = r
+    return runs
+
+
+def share(row: Row) -> str:
+    return f"{100 * float(row['floor_fraction']):.0f} %" if row["floor_fraction"] else ""
+
+
 def bench_table() -> str:
     """Decode on the machine's best level, one thread: a row per context and width, a column per contender."""
-    cases: dict[tuple[int, str], dict[str, Row]] = {}
-    for r in read("cpu"):
-        what = (r["op"], r["query_heads"], r["head_dim"], r["threads"], r["level"])
-        if what == ("decode", "32", "128", "1", BEST_LEVEL) and r["codec"] != "trellis":
-            cases.setdefault((int(r["context"]), f"{float(r['key_bits']):g}"), {})[r["contender"]] = r
     body = []
-    for (context, bits), rows in sorted(cases.items()):
-        if "torch-sdpa" in rows:
-            ratios = [f"{float(rows[c]['ratio']):.1f}x" for c in ("torch-sdpa", "torch-sdpa-folded")]
-            own = rows["kvfold"]
-            floor = f"{100 * float(own['floor_fraction']):.0f} %"
-            body.append([f"{context:,}", bits, f"{float(own['median_ms']):.2f} ms", *ratios, floor])
-    return markdown(["context", "bits", "kvfold", "x torch", "x torch, group as queries", "of the read floor"], body)
+    for run in cpu_runs():
+        r = run["kvfold"]
+        what = (r["op"], r["query_heads"], r["head_dim"], r["threads"], r["level"])
+        if what == ("decode", "32", "128", "1", BEST_LEVEL) and r["codec"] != "trellis" and "torch-sdpa" in run:
+            ratios = [f"{float(run[c]['ratio']):.1f}x" for c in ("torch-sdpa", "torch-sdpa-folded")]
+            bits = f"{float(r['key_bits']):g}"
+            body.append((int(r["context"]), bits, f"{float(r['median_ms']):.2f} ms", *ratios, share(r)))
+    head = ["context", "bits", "kvfold", "x torch", "x torch, group as queries", "of the read floor"]
+    return markdown(head, [[f"{context:,}", *rest] for context, *rest in sorted(body)])
+
+
+def cpu_table() -> str:
+    """Every run of bench/cpu.sh, in its order."""
+    body = []
+    for run in cpu_runs():
+        r = run["kvfold"]
+        case = f"{r['op']} {int(r['context']) // 1024}k"
+        if r["op"] == "prefill":
+            case = f"prefill, {int(r['new_tokens']) // 1024}k new tokens on {int(r['context']) // 1024}k"
+        for name, usual, text in (("query_heads", "32", "query heads"), ("threads", "1", "threads, wall clock")):
+            case += f", {r[name]} {text}" if r[name] != usual else ""
+        case += f", head_dim {r['head_dim']}" if r["head_dim"] != "128" else ""
+        bits = ", ".join(dict.fromkeys(f"{float(r[side]):g}" for side in ("key_bits", "value_bits")))
+        ms = "{:.2f} ({:.2f}-{:.2f})".format(*(float(r[q]) for q in ("median_ms", "p10_ms", "p90_ms")))
+        others = [run.get("torch-sdpa", run.get("torch-eager")), run.get("torch-sdpa-folded")]
+        ratios = [f"{float(o['ratio']):.2f}" if o else "" for o in others]
+        body.append([case, r["level"], f"{r['codec']} {bits}", ms, share(r), *ratios])
+    head = ["case", "level", "codec, bits", "ms (10-90 %)", "of floor", "x torch"]
+    return markdown([*head, "x torch, group as queries"], body)
 
 
 def distortion_table() -> str:
@@ -176,6 +209,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "memory": memory_table,
     "bench": bench_table,
+    "cpu": cpu_table,
     "distortion": distortion_table,
     "plan": plan_table,
 }

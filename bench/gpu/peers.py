@@ -12,40 +12,29 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from rows import Rows, shape_of
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from vllm_turboquant import TurboQuant
 
 from kvfold.bench import cuda_decode as cd
-from kvfold.bench.cuda_timing import copy_bandwidth, rotations, time_calls, time_interleaved
+from kvfold.bench.cuda_timing import Captured, copy_bandwidth, rotations, time_interleaved
 
-Calls = tuple[list[Callable[[], object]], int]  # the same work on rotating inputs; bytes that one call must read
+Calls = tuple[Sequence[Callable[[], object]], int]  # the same work on rotating inputs; bytes that one call must read
 PAGE = 16  # tokens of FlashInfer's pages, its users' default
 STORE_TOKENS = 65536
 
 
 def kvfold_calls(shape: cd.Shape) -> Calls:
     batches = cd.folded_batches(cd.engine("3", "3", shape), shape)
-    calls = [b.call() for b in batches]
-    return calls * (cd.repeat(len(calls), batches[0].bytes) // len(calls)), batches[0].bytes
+    return cd.folded_calls(batches), batches[0].bytes
 
 
 def sixteen_bit_calls(shape: cd.Shape, backend: SDPBackend) -> Calls:
-    b, n, h, d = len(shape.lengths), max(shape.lengths), shape.kv_heads, shape.dim
-    q = torch.randn(b, shape.heads, 1, d, device="cuda", dtype=torch.bfloat16)
-
-    def call(k: torch.Tensor, v: torch.Tensor) -> None:
-        with sdpa_kernel([backend]):
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-    many = rotations(2 * shape.values)
-    return [
-        functools.partial(call, *torch.randn(2, b, h, n, d, device="cuda", dtype=torch.bfloat16)) for _ in range(many)
-    ], 2 * shape.values
+    return cd.sixteen_bit_calls(shape, backend), 2 * shape.values
 
 
 def flashinfer_calls(shape: cd.Shape, dtype: torch.dtype) -> Calls:
@@ -83,23 +72,23 @@ def vllm_calls(shape: cd.Shape, folder: Path) -> Calls:
 
 def compare(rows: Rows, shape: cd.Shape, makers: dict[str, Callable[[], Calls]]) -> None:
     """Prepare every contender, leave out with its reason what cannot run, time the others in turn."""
-    ready: dict[str, Calls] = {}
+    ready: dict[str, Captured] = {}
+    sizes: dict[str, int] = {}
     for name, make in makers.items():
         start = time.monotonic()
         try:
-            ready[name] = make()
-            time_calls(ready[name][0])  # what cannot be captured shows here
+            calls, sizes[name] = make()
+            ready[name] = Captured(calls)
         except Exception as error:  # noqa: BLE001 a peer that is absent or cannot be built must not cost the others
-            ready.pop(name, None)
             print(f"  {name} cannot run: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
         print(f"  {name} ready after {time.monotonic() - start:.1f} s", flush=True)
-    timings = time_interleaved({name: calls for name, (calls, _) in ready.items()})
+    timings = time_interleaved(ready)
     for name, t in timings.items():
         ratio = t.median / timings["kvfold"].median
-        rows.add(shape, name, t, ready[name][1], key="3", value="3", ratio=f"{ratio:.2f}")
+        rows.add(shape, name, t, sizes[name], key="3", value="3", ratio=f"{ratio:.2f}")
         print(
-            f"  {name}: {t.median:.1f} us, {ready[name][1] / t.median / 1e6:.2f} TB/s, {ratio:.2f}x of kvfold",
+            f"  {name}: {t.median:.1f} us, {sizes[name] / t.median / 1e6:.2f} TB/s, {ratio:.2f}x of kvfold",
             flush=True,
         )
 
@@ -116,8 +105,8 @@ def store(rows: Rows, folder: Path) -> None:
     cache, slots = layer.cache(STORE_TOKENS), torch.arange(STORE_TOKENS, dtype=torch.int32, device="cuda")
     timings = time_interleaved(
         {
-            "kvfold fold": [lambda: e.fold_to(kp, vp, True, at)],
-            "vllm-turboquant store": [lambda: layer.store(k, v, cache, slots)],
+            "kvfold fold": Captured([lambda: e.fold_to(kp, vp, True, at)]),
+            "vllm-turboquant store": Captured([lambda: layer.store(k, v, cache, slots)]),
         }
     )
     for name, t in timings.items():

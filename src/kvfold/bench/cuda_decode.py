@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -122,13 +123,20 @@ def repeat(batches: int, call_bytes: int) -> int:
     return max(batches, least)
 
 
-def time_folded(batches: list[FoldedBatch], variant: tuple[int, ...] | None = None, dependent: bool = True) -> Timing:
+def folded_calls(
+    batches: list[FoldedBatch], variant: tuple[int, ...] | None = None, dependent: bool = True
+) -> list[Callable[[], None]]:
+    """Decode attention, the calls of one measurement."""
     n = repeat(len(batches), batches[0].bytes)
-    return time_calls([batches[i % len(batches)].call(variant, dependent) for i in range(n)])
+    return [batches[i % len(batches)].call(variant, dependent) for i in range(n)]
 
 
-def time_sixteen_bit(shape: Shape, backend: SDPBackend) -> Timing:
-    """scaled_dot_product_attention over a bfloat16 cache; all sequences as long as the longest."""
+def time_folded(batches: list[FoldedBatch], variant: tuple[int, ...] | None = None, dependent: bool = True) -> Timing:
+    return time_calls(folded_calls(batches, variant, dependent))
+
+
+def sixteen_bit_calls(shape: Shape, backend: SDPBackend) -> list[Callable[[], Tensor]]:
+    """scaled_dot_product_attention over a bfloat16 cache; all sequences as long as the longest. Calls of one measurement."""
     b, n, h, d = len(shape.lengths), max(shape.lengths), shape.kv_heads, shape.dim
     call_bytes = 4 * b * n * h * d
     q = torch.randn(b, shape.heads, 1, d, device="cuda", dtype=torch.bfloat16)
@@ -137,12 +145,15 @@ def time_sixteen_bit(shape: Shape, backend: SDPBackend) -> Timing:
         for _ in range(rotations(call_bytes))
     ]
 
-    def call(i: int) -> Callable[[], Tensor]:
-        k, v = caches[i % len(caches)]
-        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=shape.heads != h)
+    def attend(k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel([backend]):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=shape.heads != h)
 
-    with sdpa_kernel([backend]):
-        return time_calls([call(i) for i in range(repeat(len(caches), call_bytes))])
+    return [functools.partial(attend, *caches[i % len(caches)]) for i in range(repeat(len(caches), call_bytes))]
+
+
+def time_sixteen_bit(shape: Shape, backend: SDPBackend) -> Timing:
+    return time_calls(sixteen_bit_calls(shape, backend))
 
 
 def time_fold(e: CudaEngine, pages: int) -> Timing:

@@ -27,30 +27,36 @@ def rotations(call_bytes: int) -> int:
     return max(1, -(-ROTATE_BYTES // call_bytes))
 
 
-def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """The calls as one graph, compiled, captured and warm."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:3]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(3):
-        graph.replay()
-    torch.cuda.synchronize()
-    return graph
-
-
-def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+def _elapsed_us(call: Callable[[], object]) -> float:
     a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     a.record()
-    graph.replay()
+    call()
     b.record()
     torch.cuda.synchronize()
     return a.elapsed_time(b) * 1000
+
+
+class Captured:
+    """The same work on rotating inputs as one graph, compiled, captured and warm."""
+
+    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+        self.calls = calls  # a graph does not keep its inputs alive
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for call in calls[:3]:
+                call()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for call in calls:
+                call()
+        for _ in range(3):
+            self.graph.replay()
+        torch.cuda.synchronize()
+
+    def replay_us(self) -> float:
+        """Microseconds per call of one replay."""
+        return _elapsed_us(self.graph.replay) / len(self.calls)
 
 
 def _quantiles(times: list[float]) -> Timing:
@@ -60,21 +66,20 @@ def _quantiles(times: list[float]) -> Timing:
 
 def time_calls(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> Timing:
     """calls: the same work on rotating inputs, captured together."""
-    graph = _captured(calls)
+    captured = Captured(calls)
     times: list[float] = []
     start = time.monotonic()
     while len(times) < REPLAYS and (len(times) < 7 or time.monotonic() - start < seconds):
-        times.append(_replay_us(graph) / len(calls))
+        times.append(captured.replay_us())
     return _quantiles(times)
 
 
-def time_interleaved(contenders: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 15) -> dict[str, Timing]:
+def time_interleaved(contenders: Mapping[str, Captured], rounds: int = 15) -> dict[str, Timing]:
     """Several contenders in turn, `rounds` times round, so that a drift of clocks meets all of them alike."""
-    graphs = {name: _captured(calls) for name, calls in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
-        for name, graph in graphs.items():
-            times[name].append(_replay_us(graph) / len(contenders[name]))
+        for name, captured in contenders.items():
+            times[name].append(captured.replay_us())
     return {name: _quantiles(t) for name, t in times.items()}
 
 
@@ -82,15 +87,7 @@ def time_launches(call: Callable[[], object], times: int = 9) -> Timing:
     """Plain launches, for long calls that cannot be captured."""
     for _ in range(2):
         call()
-    out = []
-    for _ in range(times):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        call()
-        b.record()
-        torch.cuda.synchronize()
-        out.append(a.elapsed_time(b) * 1000)
-    out.sort()
+    out = sorted(_elapsed_us(call) for _ in range(times))
     return Timing(statistics.median(out), out[1], out[-2])
 
 
