@@ -38,7 +38,8 @@ softcap out in layers that stay exact. Folded layers apply it always.
 Beside these, `tests/adapters/test_composite.py` holds: encoder-decoders (Bart) fold the decoder's own attention in
 `EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact; positions in three axes (Qwen2-VL) are
 equal; images that attend to themselves in both directions (Gemma 3 with images) are refused.
-
+"""
+TAIL = """
 ## Quantized weights
 
 `pip install 'kvfold[quantized]'`. Caches know nothing of weights, so checkpoints of these kinds generate and are measured like any other,
@@ -99,7 +100,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
         *(r for r, _ in rows),
     ]
-    DOC.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    DOC.write_text("\n".join(lines) + "\n" + TAIL, encoding="utf-8")
 
 
 if __name__ == "__main__":
