@@ -87,7 +87,7 @@ def eval_(
     leg_tokens: Annotated[int, typer.Option(min=4, help="Greedy tokens of each leg.")] = 2048,
     report: Annotated[Path | None, typer.Option(help="Write report.html to this folder, self-contained.")] = None,
     gate: Annotated[bool, typer.Option("--gate", help="Fail if the profile's stated tolerance is not kept.")] = False,
-    dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Model dtype; quantized weights keep theirs.")] = "float32",
     revision: common.Revision = None,
     device: common.Device = None,
     device_map: common.DeviceMap = None,
@@ -97,6 +97,7 @@ def eval_(
     json: common.Json = False,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity through a folded cache against the model's own cache."""
+    from kvfold.adapters.hf_weights import weights_bytes
     from kvfold.evaluation.divergence import figures
     from kvfold.evaluation.gate import failures, stated
     from kvfold.evaluation.legs import named, run
@@ -137,6 +138,7 @@ def eval_(
         protocol |= {"windows": windows, "window tokens": window_tokens, "windows skipped": skip}
         _report(report, loaded, spec, (scores, rows, parts, found), protocol)
     result, *others = [row if not i else {"baseline": n, **row} for i, (n, row) in enumerate(rows.items())]
+    result["weights_bytes"] = weights_bytes(loaded.model)
     broken = failures(result, limits) if limits is not None else []
     if limits is not None:
         result |= {"gate_passed": not broken, "gate_failures": broken}
@@ -225,7 +227,7 @@ def needle(
     trials: Annotated[int, typer.Option(min=1, help="Answers per context, depth and kind.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of documents and needles.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write heat maps to this file.")] = None,
-    dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Model dtype; quantized weights keep theirs.")] = "float32",
     revision: common.Revision = None,
     device: common.Device = None,
     device_map: common.DeviceMap = None,
