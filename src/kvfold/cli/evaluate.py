@@ -39,7 +39,7 @@ def demo(
 def distortion(
     dim: Annotated[int, typer.Option(help="head_dim of the vectors.")] = 128,
     bits: Annotated[str | None, typer.Option(help="Widths, such as 1,2,3,4; not for fixed-rate codecs.")] = None,
-    codec: Annotated[str, typer.Option(help="mse, uniform, prod, qjl, polar or split.")] = "mse",
+    codec: Annotated[str, typer.Option(help="mse, uniform, trellis, prod, qjl, polar or split.")] = "mse",
     json: common.Json = False,
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
@@ -222,7 +222,7 @@ def needle(
     model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")],
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens, such as 2k,8k,32k.")] = "2k,8k",
-    profile: common.ProfileName = "balanced",
+    profile: Annotated[str, typer.Option(help="A profile's name, or several: balanced,compact.")] = "balanced",
     kinds: Annotated[str | None, typer.Option(help="Needle kinds, comma-separated; default all four.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Answers per context, depth and kind.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of documents and needles.")] = 0,
@@ -240,16 +240,18 @@ def needle(
     lengths = common.numbers([contexts, *(more or [])], "--contexts", whole=True)
     if min(lengths) < 1:
         raise InvalidConfig("a context has no tokens", "Use 2048 tokens or more")
-    spec = load_profile(profile).spec
+    specs = {name.strip(): load_profile(name.strip()).spec for name in profile.split(",")}
     loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, chat_template, offline))
     from kvfold.evaluation.needle import grid
     from kvfold.evaluation.plots import heat_maps
 
     chosen = kinds.split(",") if kinds else None
     with common.progress("reading documents") as report:
-        rows = grid(loaded.model, loaded.tokenizer, lengths, spec, chosen, trials, seed, report)
+        rows = grid(loaded.model, loaded.tokenizer, lengths, specs, chosen, trials, seed, report)
     if plot is not None:
         heat_maps(rows, str(plot))
+    if len(specs) == 1:  # said once, beside the rows
+        rows = [{k: v for k, v in row.items() if k != "profile"} for row in rows]
     if json:
         common.show_json({"model": model, "profile": profile, "rows": rows})
         return
