@@ -12,7 +12,6 @@ bench/results/vllm.csv.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
