@@ -24,6 +24,10 @@ inline std::size_t stream_words(const kvf_trellis_reader& code, int dim) {
   return static_cast<std::size_t>(dim) / 64 * static_cast<std::size_t>(code.widths[0] + code.widths[1]);
 }
 
+// Bits of a level's index, by the bits of two symbols.
+constexpr int index_bits(int pair) { return pair <= 4 ? 4 : pair == 5 ? 5 : 6; }
+inline int trellis_index_bits(const kvf_trellis_reader& code) { return index_bits(code.widths[0] + code.widths[1]); }
+
 // Where word n of a token's stream lies.
 inline std::size_t word_offset(std::size_t words, int token, std::size_t n) {
   return (static_cast<std::size_t>(token / kLanes) * words + n) * 64 + 4 * static_cast<std::size_t>(token % kLanes);

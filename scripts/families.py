@@ -39,6 +39,18 @@ Beside these, `tests/adapters/test_composite.py` holds: encoder-decoders (Bart) 
 `EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact; positions in three axes (Qwen2-VL) are
 equal; images that attend to themselves in both directions (Gemma 3 with images) are refused.
 """
+TAIL = """
+## Quantized weights
+
+`pip install 'kvfold[quantized]'`. Caches know nothing of weights, so checkpoints of these kinds generate and are measured like any other,
+and `tests/cli/test_quantized.py` holds copies of the shipped model to the stock cache: torchao int8 (weights; weights and activations) and
+int4, bitsandbytes int8 and nf4, GGUF Q8_0 and Q4_0. They keep the dtype they were saved with, whatever `--dtype` says. `weights_bytes` in
+`cache.report(model)`, `generate --json` and `eval --json` is every byte in memory: codes, scales, zero points, code books. torchao's int4 takes a
+byte per code on CPUs. transformers unpacks GGUF files where it has no kernels for their blocks (CPUs): `kvfold plan` has the
+file's bytes, `weights_bytes` what lies in memory. Activations of 8 bits turn other roundings into other codes, so that two caches agree no
+better than one cache with itself when calls are cut elsewhere. GPTQ and AWQ need GPTQModel, which was not tried; without it they
+are refused by its name.
+"""
 
 
 def outcome(family: str) -> str:
@@ -88,7 +100,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
         *(r for r, _ in rows),
     ]
-    DOC.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    DOC.write_text("\n".join(lines) + "\n" + TAIL, encoding="utf-8")
 
 
 if __name__ == "__main__":

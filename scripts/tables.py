@@ -6,11 +6,12 @@ import csv
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-BEST_LEVEL = "amx"  # of the machine that made cpu.csv
+BEST_LEVELS = ("amx", "avx2")  # of the machines in cpu.csv, one table each
 Row = dict[str, str]
 
 
@@ -84,16 +85,23 @@ def eval_table() -> str:
 
 
 def needle_table() -> str:
-    cells: dict[tuple[int, str], list[Row]] = {}
+    """Model, profile, context and kind, all depths together; of cells recorded again, the newest commit's rows."""
+    cells: dict[tuple[str, str, int, str], list[Row]] = {}
     for r in read("needle"):
-        cells.setdefault((int(r["context"]), r["kind"]), []).append(r)
+        key = (model_name(r), r.get("profile") or option(r, "profile", "balanced"), int(r["context"]), r["kind"])
+        known = cells.setdefault(key, [])
+        if known and known[-1]["commit"] != r["commit"]:
+            known.clear()
+        known.append(r)
     body = []
-    for (context, kind), rows in sorted(cells.items()):
+    for (model, profile, context, kind), rows in sorted(cells.items(), key=lambda x: (x[0][2], *x[0])):
         n = sum(int(r["trials"]) for r in rows)
         hits = [round(sum(int(r["trials"]) * float(r[f]) for r in rows)) for f in ("recall_reference", "recall")]
         nll = [sum(int(r["trials"]) * float(r[f]) for r in rows) / n for f in ("answer_nll_reference", "answer_nll")]
-        body.append([f"{context:,}", kind, f"{hits[0]} / {n}", f"{hits[1]} / {n}", f"{nll[0]:.4f}", f"{nll[1]:.4f}"])
-    return markdown(["context", "kind", "16-bit", "folded", "answer NLL, 16-bit", "folded"], body)
+        body.append([f"{context:,}", model, profile, kind, f"{hits[0]} / {n}", f"{hits[1]} / {n}"])
+        body[-1] += [f"{nll[0]:.4f}", f"{nll[1]:.4f}"]
+    head = ["context", "model", "profile", "kind", "16-bit", "folded"]
+    return markdown([*head, "answer NLL, 16-bit", "folded"], body)
 
 
 def demo_table() -> str:
@@ -118,9 +126,12 @@ def memory_table() -> str:
     return markdown(["prompt tokens", "stock cache (float32)", "folded", "of it beyond the folded bytes"], body)
 
 
-def cpu_runs() -> list[dict[str, Row]]:
-    """Interleaved runs of the newest commit in cpu.csv, rows by contender: only rows of one run are compared."""
-    rows = read("cpu")
+def cpu_runs(best: str) -> list[dict[str, Row]]:
+    """Interleaved runs of the newest commit in cpu.csv on machines whose best level is that one, rows by contender: only rows of
+    one run are compared."""
+    machines = {r["machine"] for r in read("cpu") if r["level"] == best}
+    others = {r["machine"] for r in read("cpu") if r["level"] in BEST_LEVELS[: BEST_LEVELS.index(best)]}
+    rows = [r for r in read("cpu") if r["machine"] in machines - others]
     runs: list[dict[str, Row]] = []
     for r in rows:
         if r["commit"] == rows[-1]["commit"]:
@@ -135,12 +146,12 @@ def share(row: Row) -> str:
 
 
 def bench_table() -> str:
-    """Decode on the machine's best level, one thread: a row per context and width, a column per contender."""
+    """Decode at the AMX level, one thread: a row per context and width, a column per contender."""
     body = []
-    for run in cpu_runs():
+    for run in cpu_runs("amx"):
         r = run["kvfold"]
         what = (r["op"], r["query_heads"], r["head_dim"], r["threads"], r["level"])
-        if what == ("decode", "32", "128", "1", BEST_LEVEL) and r["codec"] != "trellis" and "torch-sdpa" in run:
+        if what == ("decode", "32", "128", "1", "amx") and r["codec"] != "trellis" and "torch-sdpa" in run:
             ratios = [f"{float(run[c]['ratio']):.1f}x" for c in ("torch-sdpa", "torch-sdpa-folded")]
             bits = f"{float(r['key_bits']):g}"
             body.append((int(r["context"]), bits, f"{float(r['median_ms']):.2f} ms", *ratios, share(r)))
@@ -148,10 +159,10 @@ def bench_table() -> str:
     return markdown(head, [[f"{context:,}", *rest] for context, *rest in sorted(body)])
 
 
-def cpu_table() -> str:
-    """Every run of bench/cpu.sh, in its order."""
+def cpu_table(best: str) -> str:
+    """Every run on machines whose best level is that one, in their order."""
     body = []
-    for run in cpu_runs():
+    for run in cpu_runs(best):
         r = run["kvfold"]
         case = f"{r['op']} {int(r['context']) // 1024}k"
         if r["op"] == "prefill":
@@ -209,7 +220,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "memory": memory_table,
     "bench": bench_table,
-    "cpu": cpu_table,
+    "cpu": partial(cpu_table, "amx"),
+    "cpu_avx2": partial(cpu_table, "avx2"),
     "distortion": distortion_table,
     "plan": plan_table,
 }

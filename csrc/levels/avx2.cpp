@@ -1,6 +1,6 @@
 // AVX2 level: exact 16-bit queries and weights by vpmaddwd.
-#include "simd_avx2.h"
-
+#include "trellis_avx2.h"
+// The reader of trellis codes above is to be known before the templates that use it.
 #include "define_level.h"
 #include "x86.h"
 

@@ -1,6 +1,7 @@
 // AVX-VNNI level: AVX2 with 256-bit vpdpbusd, one for the high and one for the low bytes of queries and weights.
+#include "trellis_avx2.h"
+// The reader of trellis codes above is to be known before the templates that use it.
 #include "define_level.h"
-#include "simd_avx2.h"
 #include "x86.h"
 
 namespace kvfold {

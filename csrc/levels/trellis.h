@@ -3,7 +3,8 @@
 //   values: [group of 16 coordinates][quad of tokens][16 coordinates][4 tokens]
 // Coordinates come in the order of place_in_trellis. `bias` is added to every level.
 //
-// This is the reading by tables, which any processor can do: about as many instructions as values. trellis_avx512.h has the other.
+// This is the reading by tables, which any processor can do: about as many instructions as values. trellis_avx512.h and
+// trellis_planes.h have those for many tokens at once.
 #ifndef KVFOLD_LEVELS_TRELLIS_H
 #define KVFOLD_LEVELS_TRELLIS_H
 

@@ -1,5 +1,5 @@
 // Every level this machine has against the scalar one, through the C interface: same bytes when folding, same attention within the
-// rounding of queries and weights. Buffers end where an inaccessible page begins, so that a read past the end dies at once.
+// rounding of queries and weights, over folded pages and over random trellis pages of random codes. Buffers end where an inaccessible page begins, so that a read past the end dies at once.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../csrc/kvfold_cpu.h"
+#include "../../csrc/format.h"
 
 #if defined(_WIN32)
 #include <malloc.h>
@@ -67,11 +67,56 @@ kvf_side side(int bits, int rule, int searches) {
   return out;
 }
 
+unsigned bits_at_random(int bits) { return static_cast<unsigned>(uniform() * static_cast<float>(1u << bits)); }
+unsigned parity(unsigned x) {
+  unsigned out = 0;
+  for (; x != 0; x >>= 1) out ^= x & 1;
+  return out;
+}
+
+// A trellis code of random masks and levels, as many of them as codes of its widths have.
+struct Trellis {
+  Trellis(int first, int second) {
+    const int bits = first + second <= 4 ? 4 : first + second, index_bits = bits > 6 ? 6 : bits, half = 1 << (index_bits - 1);
+    for (int i = 0; i < half; ++i) {
+      reader.levels[half + i] = static_cast<signed char>(1 + bits_at_random(6) % 63);
+      reader.levels[half - 1 - i] = static_cast<signed char>(-reader.levels[half + i]);
+    }
+    const int widths[2] = {first, second};
+    for (int phase = 0; phase < 2; ++phase) {
+      reader.widths[phase] = widths[phase];
+      for (int i = 0; i < index_bits; ++i) {
+        masks[phase][i] = bits_at_random(6 + widths[phase]);
+        reader.affine_low[phase] |= std::uint64_t{masks[phase][i] & 255} << (8 * (7 - i));
+        reader.affine_high[phase] |= std::uint64_t{masks[phase][i] >> 8} << (8 * (7 - i));
+      }
+    }
+    for (auto& start : reader.starts) start = static_cast<unsigned char>(bits_at_random(6));
+    for (unsigned w = 0; w < 1u << (6 + first + second); ++w) {
+      pairs.push_back(level(0, w & ((64u << first) - 1)));
+      pairs.push_back(level(1, w >> first));
+    }
+    reader.pairs = pairs.data();
+  }
+  Trellis(const Trellis&) = delete;
+  Trellis& operator=(const Trellis&) = delete;
+
+  signed char level(int phase, unsigned window) const {
+    unsigned index = 0;
+    for (int i = 0; i < 6; ++i) index |= parity(window & masks[phase][i]) << i;
+    return reader.levels[index];
+  }
+
+  kvf_trellis_reader reader = {};
+  unsigned masks[2][6] = {};
+  std::vector<signed char> pairs;
+};
+
 int failures = 0;
-void check(bool good, const char* what, const char* level, int dim, int bits, double error = 0) {
+void check(bool good, const char* what, const char* level, int dim, const char* bits, double error = 0) {
   if (good) return;
   ++failures;
-  std::printf("FAILED %s: level %s, head_dim %d, %d bits, error %.2e\n", what, level, dim, bits, error);
+  std::printf("FAILED %s: level %s, head_dim %d, %s, error %.2e\n", what, level, dim, bits, error);
 }
 
 struct Case {
@@ -82,13 +127,12 @@ struct Case {
   std::vector<Guarded> rows;
   std::vector<std::uint64_t> addresses;
 
-  Case(int d, int h, int g, int n, int key_bits, int value_bits)
+  Case(int d, int h, int g, int n, const kvf_side& key, const kvf_side& value)
       : dim(d), heads(h), group(g), new_tokens(n), signs(2u * h * d), keys(vectors(std::size_t{kPages} * h * kTokens * d)),
         values(vectors(std::size_t{kPages} * h * kTokens * d)), query(vectors(std::size_t(h) * g * n * d)),
         recent(vectors(std::size_t(h) * (kRecent + n + kSinks) * d)) {
     for (auto& s : signs) s = uniform() < 0.5f ? -1.0f : 1.0f;
-    format = {d, h, kSinks, 1, side(key_bits, KVF_SCALE_UNBIASED, 3), side(value_bits, KVF_SCALE_LEAST_SQUARES, 1), signs.data(),
-              signs.data() + h * d};
+    format = {d, h, kSinks, 1, key, value, signs.data(), signs.data() + h * d};
     for (int p = 0; p < kPages; ++p) {
       rows.emplace_back(static_cast<std::size_t>(kvf_row_bytes(&format)));
       addresses.push_back(reinterpret_cast<std::uint64_t>(rows.back().bytes()));
@@ -102,6 +146,27 @@ struct Case {
     std::vector<unsigned char> all;
     for (auto& row : rows) all.insert(all.end(), row.bytes(), row.bytes() + kvf_row_bytes(&format));
     return all;
+  }
+
+  // Pages of any codes at all; float16 scales are numbers that suit levels of up to 63.
+  void randomise() const {
+    const kvfold::Layout layout(format);
+    for (auto& row : rows) {
+      for (std::size_t i = 0; i < layout.row_bytes(); ++i) row.bytes()[i] = static_cast<unsigned char>(bits_at_random(8));
+      const auto set = [&row](std::size_t at, std::size_t count, unsigned char high) {  // to powers of two
+        for (std::size_t i = 0; i < count; ++i) {
+          row.bytes()[at + 2 * i] = 0;
+          row.bytes()[at + 2 * i + 1] = high;
+        }
+      };
+      for (int h = 0; h < heads; ++h) {
+        set(layout.mean_scales(h), 2, 0x1C);
+        if (format.key.trellis == nullptr) set(layout.key_scales(h), kTokens, 0x28);
+        else set(layout.key_unit(h), 1, 0x14);
+        if (format.value.trellis == nullptr) set(layout.value_scales(h), kTokens, 0x28);
+        else set(layout.value_unit(h), 1, 0x14);
+      }
+    }
   }
 
   std::vector<float> attend(int level) const {
@@ -119,12 +184,10 @@ struct Case {
   }
 };
 
-void compare(Case& c, int scalar, int bits) {
-  const auto bytes = c.fold(scalar);
+void compare_attention(const Case& c, int scalar, const char* bits) {
   const auto wanted = c.attend(scalar);
   for (int level = 0; level < scalar; ++level) {
     if (kvf_level_reason(level)[0] != '\0') continue;
-    check(c.fold(level) == bytes, "bytes", kvf_level_name(level), c.dim, bits);
     const auto got = c.attend(level);
     double error = 0, norm = 0;
     for (std::size_t i = 0; i < wanted.size(); ++i) {
@@ -133,10 +196,19 @@ void compare(Case& c, int scalar, int bits) {
     }
     check(std::sqrt(error / norm) < kTolerance, "attention", kvf_level_name(level), c.dim, bits, std::sqrt(error / norm));
   }
+}
+
+void compare_bytes(Case& c, int scalar, const char* bits) {
+  const auto bytes = c.fold(scalar);
+  for (int level = 0; level < scalar; ++level)
+    if (kvf_level_reason(level)[0] == '\0') check(c.fold(level) == bytes, "bytes", kvf_level_name(level), c.dim, bits);
+}
+
+void compare_orders(const Case& c, int scalar, const char* bits) {
   std::vector<unsigned char> canonical(kvf_row_bytes(&c.format)), back(kvf_row_bytes(&c.format));
   kvf_to_canonical(&c.format, c.rows[0].bytes(), canonical.data());
   kvf_from_canonical(&c.format, canonical.data(), back.data());
-  check(std::memcmp(back.data(), c.rows[0].bytes(), back.size()) == 0, "bijection", "all", c.dim, bits);
+  check(std::memcmp(back.data(), c.rows[0].bytes(), kvfold::Layout(c.format).used_bytes()) == 0, "bijection", "all", c.dim, bits);
   std::vector<float> keys(std::size_t(c.heads) * kTokens * c.dim), values(keys.size());
   check(kvf_unfold(&c.format, scalar, c.rows[0].bytes(), keys.data(), values.data()) == KVF_OK, "unfold", "scalar", c.dim, bits);
 }
@@ -146,13 +218,29 @@ void compare(Case& c, int scalar, int bits) {
 int main() {
   const int scalar = kvf_level_count() - 1;
   for (int i = 0; i <= scalar; ++i) std::printf("level %s: %s\n", kvf_level_name(i), *kvf_level_reason(i) ? kvf_level_reason(i) : "runs");
-  const int bits[][2] = {{4, 4}, {3, 2}, {2, 3}};
+  const struct { int key, value; const char* name; } bits[] = {{4, 4, "4 bits"}, {3, 2, "3 and 2 bits"}, {2, 3, "2 and 3 bits"}};
   const int shapes[][2] = {{1, 1}, {3, 1}, {4, 2}, {8, 5}, {16, 9}};  // query group, new tokens
   for (int dim : {64, 96, 128, 256})
     for (const auto& b : bits)
       for (const auto& s : shapes) {
-        Case c(dim, 3, s[0], s[1], b[0], b[1]);
-        compare(c, scalar, b[0]);
+        Case c(dim, 3, s[0], s[1], side(b.key, KVF_SCALE_UNBIASED, 3), side(b.value, KVF_SCALE_LEAST_SQUARES, 1));
+        compare_bytes(c, scalar, b.name);
+        compare_attention(c, scalar, b.name);
+        compare_orders(c, scalar, b.name);
+      }
+  const struct { int first, second; const char* name; } codes[] = {
+      {1, 1, "trellis 1"}, {1, 2, "trellis 1.5"}, {2, 2, "trellis 2"}, {2, 3, "trellis 2.5"}, {3, 3, "trellis 3"}, {3, 4, "trellis 3.5"}};
+  for (int dim : {64, 128, 256})
+    for (const auto& code : codes)
+      for (const auto& s : {shapes[1], shapes[4]}) {
+        const Trellis keys(code.first, code.second), values(code.first, code.second);
+        kvf_side key = {}, value = {};
+        key.trellis = &keys.reader;
+        value.trellis = &values.reader;
+        Case c(dim, 3, s[0], s[1], key, value);
+        c.randomise();
+        compare_attention(c, scalar, code.name);
+        compare_orders(c, scalar, code.name);
       }
   std::printf(failures == 0 ? "all levels agree\n" : "%d failures\n", failures);
   return failures == 0 ? 0 : 1;

@@ -62,7 +62,7 @@ def test_needles_are_found_as_through_the_transformers_adapter(profile: str) -> 
     length = max(len(answer) for _, answer in asked)
     found = run(profile, [step(*(q for q, _ in asked), max_tokens=length)], max_model_len=CONTEXT + 64)
     hits = [ids[: len(a)] == a for ids, (_, a) in zip(found.ids(0), asked, strict=True)]
-    rows = grid(model(), tokenizer(), [CONTEXT], profiles.load(profile).spec, [KIND], DOCUMENTS)
+    rows = grid(model(), tokenizer(), [CONTEXT], {profile: profiles.load(profile).spec}, [KIND], DOCUMENTS)
     there = np.mean([r["recall"] for r in rows])
     assert np.mean(hits) >= 0.9 * there
     assert there > 0.5  # else nothing was compared

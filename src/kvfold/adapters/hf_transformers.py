@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 )
 
 from kvfold.adapters.hf_attention import Handle, LazyMask, Runs, attach, detach, no_gradients, no_pads, register
+from kvfold.adapters.hf_weights import weights_bytes
 from kvfold.cache.fidelity import Fidelity
 from kvfold.cache.guard import CallGuard
 from kvfold.cache.layer import FoldedAttention
@@ -328,8 +329,8 @@ class FoldedCache(Cache):
             for s in x.folded.sequences
         )
 
-    def report(self) -> dict[str, Any]:
-        """Bytes by layer and kind, tokens, bits per value, ratio to 16 bits."""
+    def report(self, model: Any = None) -> dict[str, Any]:
+        """Bytes by layer and kind, tokens, bits per value, ratio to 16 bits; with a model, those of its weights, too."""
         layers = []
         for i, x in enumerate(self.layers):
             if isinstance(x, FoldedLayer):
@@ -345,6 +346,7 @@ class FoldedCache(Cache):
             "reference_bytes": self.reference_bytes,
             "ratio": self.reference_bytes / folded_bytes if folded_bytes else 1.0,
             "tokens": self.get_seq_length(),
+            **({} if model is None else {"weights_bytes": weights_bytes(model)}),
             "layers": layers,
         }
 

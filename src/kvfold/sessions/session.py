@@ -187,4 +187,4 @@ class Session:
         return self.cache.used_bytes + sum(c.unshared_bytes for c in self.checkpoints.values())
 
     def report(self) -> dict[str, Any]:
-        return self.cache.report()
+        return self.cache.report(self.runner.model)
