@@ -32,6 +32,11 @@ Layers are of the family's default config: *folded* ones; *exact* ones, whose sl
 *state*, recurrent or convolutional. The engine is the one `kvfold doctor` names for profile `balanced` on a CPU; where it is
 `torch`, head size or softmax (softcap, sink logits) has no native kernel, or keys and values differ in size.
 
+Multi-head latent attention (DeepSeek, Kimi, GLM-4.7-Flash and others): the latent, which is key and value at once, is folded as keys of
+the profile are; the rotary part of the key stays as it is. Attention is absorbed: queries go to the latents' space, nothing is
+expanded but a block of latents at a time. It runs on the `torch` engine only. `kv_b_proj` has to be unquantized. What folding
+costs in quality was measured on no trained model of this kind.
+
 Softcapped models: load them with `attn_implementation="eager"` where transformers would take `sdpa` (5.17 does): that leaves the
 softcap out in layers that stay exact. Folded layers apply it always.
 
