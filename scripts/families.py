@@ -32,12 +32,29 @@ Layers are of the family's default config: *folded* ones; *exact* ones, whose sl
 *state*, recurrent or convolutional. The engine is the one `kvfold doctor` names for profile `balanced` on a CPU; where it is
 `torch`, head size or softmax (softcap, sink logits) has no native kernel, or keys and values differ in size.
 
+Multi-head latent attention (DeepSeek, Kimi, GLM-4.7-Flash and others): the latent, which is key and value at once, is folded as keys of
+the profile are; the rotary part of the key stays as it is. Attention is absorbed: queries go to the latents' space, nothing is
+expanded but a block of latents at a time. It runs on the `torch` engine only. `kv_b_proj` has to be unquantized. What folding
+costs in quality was measured on no trained model of this kind.
+
 Softcapped models: load them with `attn_implementation="eager"` where transformers would take `sdpa` (5.17 does): that leaves the
 softcap out in layers that stay exact. Folded layers apply it always.
 
 Beside these, `tests/adapters/test_composite.py` holds: encoder-decoders (Bart) fold the decoder's own attention in
 `EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact; positions in three axes (Qwen2-VL) are
 equal; images that attend to themselves in both directions (Gemma 3 with images) are refused.
+"""
+TAIL = """
+## Quantized weights
+
+`pip install 'kvfold[quantized]'`. Caches know nothing of weights, so checkpoints of these kinds generate and are measured like any other,
+and `tests/cli/test_quantized.py` holds copies of the shipped model to the stock cache: torchao int8 (weights; weights and activations) and
+int4, bitsandbytes int8 and nf4, GGUF Q8_0 and Q4_0. They keep the dtype they were saved with, whatever `--dtype` says. `weights_bytes` in
+`cache.report(model)`, `generate --json` and `eval --json` is every byte in memory: codes, scales, zero points, code books. torchao's int4 takes a
+byte per code on CPUs. transformers unpacks GGUF files where it has no kernels for their blocks (CPUs): `kvfold plan` has the
+file's bytes, `weights_bytes` what lies in memory. Activations of 8 bits turn other roundings into other codes, so that two caches agree no
+better than one cache with itself when calls are cut elsewhere. GPTQ and AWQ need GPTQModel, which was not tried; without it they
+are refused by its name.
 """
 
 
@@ -88,7 +105,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
         *(r for r, _ in rows),
     ]
-    DOC.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    DOC.write_text("\n".join(lines) + "\n" + TAIL, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -85,16 +85,23 @@ def eval_table() -> str:
 
 
 def needle_table() -> str:
-    cells: dict[tuple[int, str], list[Row]] = {}
+    """Model, profile, context and kind, all depths together; of cells recorded again, the newest commit's rows."""
+    cells: dict[tuple[str, str, int, str], list[Row]] = {}
     for r in read("needle"):
-        cells.setdefault((int(r["context"]), r["kind"]), []).append(r)
+        key = (model_name(r), r.get("profile") or option(r, "profile", "balanced"), int(r["context"]), r["kind"])
+        known = cells.setdefault(key, [])
+        if known and known[-1]["commit"] != r["commit"]:
+            known.clear()
+        known.append(r)
     body = []
-    for (context, kind), rows in sorted(cells.items()):
+    for (model, profile, context, kind), rows in sorted(cells.items(), key=lambda x: (x[0][2], *x[0])):
         n = sum(int(r["trials"]) for r in rows)
         hits = [round(sum(int(r["trials"]) * float(r[f]) for r in rows)) for f in ("recall_reference", "recall")]
         nll = [sum(int(r["trials"]) * float(r[f]) for r in rows) / n for f in ("answer_nll_reference", "answer_nll")]
-        body.append([f"{context:,}", kind, f"{hits[0]} / {n}", f"{hits[1]} / {n}", f"{nll[0]:.4f}", f"{nll[1]:.4f}"])
-    return markdown(["context", "kind", "16-bit", "folded", "answer NLL, 16-bit", "folded"], body)
+        body.append([f"{context:,}", model, profile, kind, f"{hits[0]} / {n}", f"{hits[1]} / {n}"])
+        body[-1] += [f"{nll[0]:.4f}", f"{nll[1]:.4f}"]
+    head = ["context", "model", "profile", "kind", "16-bit", "folded"]
+    return markdown([*head, "answer NLL, 16-bit", "folded"], body)
 
 
 def demo_table() -> str:

@@ -145,11 +145,9 @@ FAMILIES = tuple(
     if t in CONFIG_MAPPING
 )
 # Refused by name, and what the refusal says.
-LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu", "bailing_hybrid", "kimi_linear")
 REFUSED = {
     **dict.fromkeys(("bloom", "falcon", "mpt", "xglm"), "does not let its attention implementation be chosen"),
     **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
-    **dict.fromkeys(LATENT, "MLA"),
     **dict.fromkeys(("falcon_h1", "zamba2"), "unknown cache kind"),
 }
 FOLDING = tuple(f for f in FAMILIES if f not in REFUSED)

@@ -117,6 +117,10 @@ class CacheSpec:
                 top[head] = _changed_side(getattr(self, head), own)
         return replace(self, **top)  # type: ignore[arg-type]
 
+    def for_latents(self) -> CacheSpec:
+        """For layers of latent attention: latents folded as keys are, their rotary parts kept as they are."""
+        return replace(self, value=SideSpec(codec="raw", bits=16))
+
     def ring_tokens(self) -> int:
         """Slots of the exact ring. Window, a page being filled, and the exact copy of every page that a trim inside
         the exact part could unfold again: ceil(window / 128) pages."""

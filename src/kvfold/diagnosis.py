@@ -11,7 +11,7 @@ from kvfold.config import CacheSpec
 from kvfold.dispatch import ENGINES, explain
 from kvfold.errors import KvfoldError, Unsupported
 from kvfold.planner.model import FLOAT32_BYTES, Attention, Layer
-from kvfold.planner.pages import page_of
+from kvfold.planner.pages import page_of, spec_of
 from kvfold.profiles import load
 
 
@@ -100,7 +100,7 @@ def _engine_of(spec: CacheSpec, attention: Attention, dtype_bytes: int, device: 
         _, name = page_of(spec, attention, dtype_bytes, "auto", device)
     except KvfoldError as error:
         return {"folds": False, "why_not": str(error)}
-    passed = [(n, r) for n, r in explain(ENGINES, spec, shape, dtype, torch.device(device)) if r]
+    passed = [(n, r) for n, r in explain(ENGINES, spec_of(spec, attention), shape, dtype, torch.device(device)) if r]
     before = passed[: [e.name for e in ENGINES].index(name)]
     return {
         "folds": True,

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ VERBATIM_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% end
 
 @dataclass(frozen=True)
 class Options:
-    """How to load; the fields are the command line's options of the same names."""
+    """How to load; the fields are the command line's options of the same names. Quantized checkpoints keep their own dtype."""
 
     revision: str | None = None
     dtype: str = "auto"
@@ -111,6 +111,11 @@ def _explain(source: str, error: Exception, options: Options) -> ModelError:
         return UnsupportedModel(f"transformers does not know the architecture of {source}", "Upgrade transformers")
     if "gguf" in low and isinstance(error, ImportError):
         return ModelError(f"reading {source} needs the package 'gguf'", "Install it with: pip install 'kvfold[gguf]'")
+    if isinstance(error, ImportError):  # of a library that quantized its weights
+        return ModelError(
+            f"{source} needs a package that is not installed: {text.splitlines()[0]}",
+            "Install it; torchao and bitsandbytes come with: pip install 'kvfold[quantized]'",
+        )
     if isinstance(error, OSError):
         if Path(source).exists():
             return ModelError(
@@ -241,7 +246,9 @@ def _load(source: str, options: Options, weights: bool) -> Loaded:
         found = {**common, "local_files_only": local_only}
         if not weights:
             return Loaded(AutoConfig.from_pretrained(where, **found), None, source)
-        return _with_weights(where, found, options, source, AutoModelForCausalLM, AutoTokenizer, torch)
+        quantized = getattr(AutoConfig.from_pretrained(where, **found), "quantization_config", None) is not None
+        own = replace(options, dtype="auto") if quantized else options  # codes decode to the dtype they were made from
+        return _with_weights(where, found, own, source, AutoModelForCausalLM, AutoTokenizer, torch)
 
     with _quiet_and_offline(options.offline):
         try:

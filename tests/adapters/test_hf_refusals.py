@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import DeepseekV3Config, LlamaConfig
+from transformers import LlamaConfig, LongcatFlashConfig
 
 import kvfold
 from kvfold.errors import CacheMisuse, CannotTrim, InvalidConfig, KvfoldError, NonFiniteInput, NotAttached, Unsupported
@@ -206,7 +206,7 @@ def test_layers_that_share_keys_would_store_twice() -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (lambda: DeepseekV3Config(num_hidden_layers=2), "MLA"),
+        (lambda: LongcatFlashConfig(num_layers=2), "MLA"),
         (lambda: LlamaConfig(**{**tiny.COMMON, "num_hidden_layers": 0}), "no cache layers"),
         (lambda: {"model_type": "llama"}, "not a transformers config"),
     ],

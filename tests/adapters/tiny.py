@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -32,6 +33,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attn_implementation": "sdpa",
 }
+LATENT, ROTARY = 32, 8  # numbers per token of latent attention
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**COMMON),
     "qwen2": lambda: Qwen2Config(**COMMON),  # biased keys
@@ -55,6 +57,15 @@ CONFIGS: dict[str, Any] = {
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
         layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **{k: v for k, v in COMMON.items() if k != "head_dim"} | {"num_key_value_heads": 4},
+        kv_lora_rank=LATENT,
+        q_lora_rank=24,
+        qk_rope_head_dim=ROTARY,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        first_k_dense_replace=2,
     ),
 }
 FAMILIES = tuple(CONFIGS)

@@ -163,6 +163,46 @@ def test_trim_inside_the_exact_part_is_never_having_been_told() -> None:
             s.trim(n)
 
 
+@pytest.mark.parametrize("family", ["hybrid", "qwen3_next", "gemma3"])
+def test_trim_through_a_checkpoint_reads_only_what_follows_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = runner(family, ways_back=4)
+    s, never = filled(r, 3 * CALL_TOKENS), filled(r, 2 * CALL_TOKENS + 70)
+    fed: list[int] = []
+    forward = r.forward
+    monkeypatch.setattr(r, "forward", lambda cache, part: fed.append(len(part)) or forward(cache, part))
+    s.trim(CALL_TOKENS - 70)
+    assert sum(fed) == 70
+    assert s.tokens == never.tokens
+    assert max(s.checkpoints) <= len(s.tokens)
+    assert torch.equal(continuation(s), continuation(never))
+    s.trim(len(s.tokens))
+    assert (s.tokens, s.checkpoints, s.cache.get_seq_length()) == ([], {}, 0)
+    assert torch.equal(s.extend(words(130)), Session(r).extend(words(130)))
+
+
+def test_without_a_checkpoint_a_hybrid_stays_as_it_was() -> None:
+    r = runner("hybrid")
+    s, twin = filled(r, 700), filled(r, 700)
+    with pytest.raises(CannotTrim, match="fork made before"):
+        s.trim(100)
+    assert s.tokens == twin.tokens
+    assert torch.equal(continuation(s), continuation(twin))
+
+
+def test_a_second_turn_of_a_hybrid_reads_only_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs of turns do not grow with what came before: 700, then 33, then 20 tokens are read."""
+    r = runner("hybrid")
+    fed: list[int] = []
+    forward = r.forward
+    s = Session(r)
+    monkeypatch.setattr(r, "forward", lambda cache, part: fed.append(len(part)) or forward(cache, part))
+    for n in (700, 33, 20):
+        fed.clear()
+        s = s.fork()
+        s.extend(words(n, n))
+        assert sum(fed) == n
+
+
 @pytest.mark.parametrize("layer", [0, -1])
 def test_a_call_that_fails_leaves_the_calls_before_it(layer: int) -> None:
     r = runner("llama")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,12 +36,13 @@ GREEDY = {"temperature": 0, "max_tokens": 24}
 class Run:
     """steps: the answers of each step, a token list and the number of prompt tokens found in the cache. tokens: what vLLM says
     its cache holds. preempted: how often a request lost its memory to another. logprobs: (step, prompt) -> float32
-    [prompt tokens - 1, vocabulary]."""
+    [prompt tokens - 1, vocabulary]. engines: what kvfold logs of the engines that run its layers."""
 
     steps: list[list[dict[str, Any]]]
     tokens: int
     preempted: int
     logprobs: dict[tuple[int, int], np.ndarray]
+    engines: set[str]
 
     def ids(self, step: int) -> list[list[int]]:
         return [x["ids"] for x in self.steps[step]]
@@ -76,7 +78,8 @@ def run(profile: str | None, steps: list[dict[str, Any]], env: dict[str, str] | 
         assert done.returncode == 0, log.read_text()[-6000:]
         names = [p.stem.split("-")[1:] for p in Path(folder).glob("logprobs-*.npy")]
         logprobs = {(int(i), int(n)): np.load(Path(folder, f"logprobs-{i}-{n}.npy")) for i, n in names}
-        return Run(**json.loads(result.read_text()), logprobs=logprobs)
+        engines = set(re.findall(r"kvfold: (profile \S+, engine \S+)", log.read_text()))
+        return Run(**json.loads(result.read_text()), logprobs=logprobs, engines=engines)
 
 
 @functools.cache

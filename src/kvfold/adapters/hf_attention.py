@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -35,6 +36,9 @@ Runs = list[tuple[int, int]]  # columns of a row that hold padding, as (start, s
 
 class Attends(Protocol):
     """A folded layer, as the attention function sees it."""
+
+    @property
+    def latent(self) -> bool: ...
 
     def attend(self, handle: Handle, call: AttendRequest, mask: LazyMask | None) -> Tensor: ...
 
@@ -181,7 +185,39 @@ def _attend(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     call = AttendRequest(query, key.k, key.v, scaling, [], softcap, sink_logits)
+    if key.layer.latent:
+        return _attend_to_latents(module, key, call, attention_mask), None
     return key.layer.attend(key, call, attention_mask).transpose(1, 2).contiguous(), None
+
+
+def _attend_to_latents(module: Any, handle: Handle, call: AttendRequest, mask: LazyMask | None) -> Tensor:
+    """Latent attention without expanding what is cached: [B, Q, H, numbers of a value].
+
+    kv_b_proj makes keys and values of latents; here it turns queries into the latents' space, and outputs out of it.
+    """
+    weight = module.kv_b_proj.weight
+    if type(weight) is not torch.nn.Parameter or not weight.is_floating_point():
+        raise Unsupported("latent attention reads the weight of kv_b_proj, and it is quantized", "Leave it in 16 bits")
+    nope = module.qk_nope_head_dim
+    keys, values = weight.unflatten(0, (call.q.shape[1], -1)).split([nope, module.v_head_dim], dim=1)
+    absorbed = torch.cat([call.q[..., :nope] @ keys, call.q[..., nope:]], dim=-1)
+    out = handle.layer.attend(handle, replace(call, q=absorbed), mask)
+    return (out @ values.mT).transpose(1, 2).contiguous()
+
+
+def _keep_latents(model: torch.nn.Module) -> None:
+    """Let the step that expands cached latents pass on handles of latents. For anything else it stays what it was."""
+    kinds: set[Any] = {type(x) for x in model.modules() if hasattr(x, "expand_kv")}
+    for kind in kinds:
+        expand = kind.expand_kv
+        if hasattr(expand, "passes_handles"):
+            continue
+
+        def expand_kv(self: Any, latents: Any, rotary: Any, expand: Callable[..., Any] = expand) -> Any:
+            return (latents, rotary) if isinstance(latents, Handle) else expand(self, latents, rotary)
+
+        expand_kv.passes_handles = True  # type: ignore[attr-defined]
+        kind.expand_kv = expand_kv
 
 
 def _mask(fallback: str, **arguments: Any) -> Any:
@@ -259,6 +295,7 @@ def attach(model: Any) -> Attached:
     Raises InvalidConfig for what is not a transformers model and Unsupported if its attention cannot be replaced.
     """
     before = _implementation(model)
+    _keep_latents(model)
     if not before.startswith(NAME):
         _set(model, register(before))
     return Attached(model, before)

@@ -166,7 +166,11 @@ class FoldedAttention:
         self.prepare(k, v)
         call = AttendRequest(q, k, v, scale, [], softcap, sink_logits)
         self._check_variant(call)
-        if q.dim() != 4 or q.shape[1] % k.shape[1] or (len(q), *q.shape[2:]) != (len(k), *k.shape[2:]):
+        if (
+            q.dim() != 4
+            or q.shape[1] % k.shape[1]
+            or (len(q), *q.shape[2:]) != (len(k), k.shape[2], self._widths(k, v)[0])
+        ):
             raise ShapeMismatch(
                 f"layer {self.layer}: queries {tuple(q.shape)} do not fit keys {tuple(k.shape)}",
                 "Pass [batch, heads * groups, tokens, head_dim]",
@@ -179,6 +183,11 @@ class FoldedAttention:
         out = self._attend(call, pads)
         self._store(k, v, pads, call)
         return out
+
+    def _widths(self, k: Tensor, v: Tensor) -> tuple[int, int]:
+        """Numbers of a query and of an output."""
+        key, value = k.shape[-1], v.shape[-1]
+        return (key + value, key) if self.variant.latent else (key, value)
 
     def _check_variant(self, call: AttendRequest) -> None:
         """Engines were chosen by what the layer announced: a call that asks for more is refused, never answered wrongly."""
@@ -193,7 +202,7 @@ class FoldedAttention:
         rows = [s.view(p) for s, p in zip(self.sequences, pads, strict=True)]
         some = [b for b, p in enumerate(pads) if p < call.k.shape[2]]
         if len(some) < len(rows):
-            out = call.q.new_zeros(*call.q.shape[:-1], call.v.shape[-1])
+            out = call.q.new_zeros(*call.q.shape[:-1], self._widths(call.k, call.v)[1])
             if some:
                 part = replace(call, q=call.q[some], k=call.k[some], v=call.v[some], rows=[rows[b] for b in some])
                 out[some] = self.engine.attend(part)  # type: ignore[union-attr]

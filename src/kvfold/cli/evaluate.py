@@ -39,7 +39,7 @@ def demo(
 def distortion(
     dim: Annotated[int, typer.Option(help="head_dim of the vectors.")] = 128,
     bits: Annotated[str | None, typer.Option(help="Widths, such as 1,2,3,4; not for fixed-rate codecs.")] = None,
-    codec: Annotated[str, typer.Option(help="mse, uniform, prod, qjl, polar or split.")] = "mse",
+    codec: Annotated[str, typer.Option(help="mse, uniform, trellis, prod, qjl, polar or split.")] = "mse",
     json: common.Json = False,
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
@@ -87,7 +87,7 @@ def eval_(
     leg_tokens: Annotated[int, typer.Option(min=4, help="Greedy tokens of each leg.")] = 2048,
     report: Annotated[Path | None, typer.Option(help="Write report.html to this folder, self-contained.")] = None,
     gate: Annotated[bool, typer.Option("--gate", help="Fail if the profile's stated tolerance is not kept.")] = False,
-    dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Model dtype; quantized weights keep theirs.")] = "float32",
     revision: common.Revision = None,
     device: common.Device = None,
     device_map: common.DeviceMap = None,
@@ -97,6 +97,7 @@ def eval_(
     json: common.Json = False,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity through a folded cache against the model's own cache."""
+    from kvfold.adapters.hf_weights import weights_bytes
     from kvfold.evaluation.divergence import figures
     from kvfold.evaluation.gate import failures, stated
     from kvfold.evaluation.legs import named, run
@@ -137,6 +138,7 @@ def eval_(
         protocol |= {"windows": windows, "window tokens": window_tokens, "windows skipped": skip}
         _report(report, loaded, spec, (scores, rows, parts, found), protocol)
     result, *others = [row if not i else {"baseline": n, **row} for i, (n, row) in enumerate(rows.items())]
+    result["weights_bytes"] = weights_bytes(loaded.model)
     broken = failures(result, limits) if limits is not None else []
     if limits is not None:
         result |= {"gate_passed": not broken, "gate_failures": broken}
@@ -220,12 +222,12 @@ def needle(
     model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")],
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens, such as 2k,8k,32k.")] = "2k,8k",
-    profile: common.ProfileName = "balanced",
+    profile: Annotated[str, typer.Option(help="A profile's name, or several: balanced,compact.")] = "balanced",
     kinds: Annotated[str | None, typer.Option(help="Needle kinds, comma-separated; default all four.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Answers per context, depth and kind.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of documents and needles.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write heat maps to this file.")] = None,
-    dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Model dtype; quantized weights keep theirs.")] = "float32",
     revision: common.Revision = None,
     device: common.Device = None,
     device_map: common.DeviceMap = None,
@@ -238,16 +240,18 @@ def needle(
     lengths = common.numbers([contexts, *(more or [])], "--contexts", whole=True)
     if min(lengths) < 1:
         raise InvalidConfig("a context has no tokens", "Use 2048 tokens or more")
-    spec = load_profile(profile).spec
+    specs = {name.strip(): load_profile(name.strip()).spec for name in profile.split(",")}
     loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, chat_template, offline))
     from kvfold.evaluation.needle import grid
     from kvfold.evaluation.plots import heat_maps
 
     chosen = kinds.split(",") if kinds else None
     with common.progress("reading documents") as report:
-        rows = grid(loaded.model, loaded.tokenizer, lengths, spec, chosen, trials, seed, report)
+        rows = grid(loaded.model, loaded.tokenizer, lengths, specs, chosen, trials, seed, report)
     if plot is not None:
         heat_maps(rows, str(plot))
+    if len(specs) == 1:  # said once, beside the rows
+        rows = [{k: v for k, v in row.items() if k != "profile"} for row in rows]
     if json:
         common.show_json({"model": model, "profile": profile, "rows": rows})
         return

@@ -26,7 +26,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Model dtype.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Model dtype; quantized weights keep theirs.")] = "auto",
     revision: common.Revision = None,
     device: common.Device = None,
     device_map: common.DeviceMap = None,
@@ -66,7 +66,7 @@ def generate(
     seconds = time.perf_counter() - began
     new = out[0, inputs.input_ids.shape[1] :]
     if json:
-        report = cache.report()
+        report = cache.report(loaded.model)
         common.show_json(
             {
                 "text": loaded.tokenizer.decode(new, skip_special_tokens=True),
@@ -74,7 +74,7 @@ def generate(
                 "prompt_tokens": int(inputs.input_ids.shape[1]),
                 "seconds": seconds,
                 "profile": profile,
-                **{k: report[k] for k in ("cache_bytes", "reference_bytes", "ratio", "state_bytes")},
+                **{k: report[k] for k in ("cache_bytes", "reference_bytes", "ratio", "state_bytes", "weights_bytes")},
             }
         )
         return

@@ -180,7 +180,10 @@ class Raw:
         return {"values": x.to(self.dtype)}
 
     def decode(self, planes_of: dict[str, list[Tensor]], state: Tensor | None) -> Tensor:
-        return planes_of["values"][0].contiguous().view(self.dtype).float()
+        values = planes_of["values"][0].contiguous()
+        if values.storage_offset() % self.dtype.itemsize:  # one page, behind codes whose bytes are odd in number
+            values = values.clone()
+        return values.view(self.dtype).float()
 
     def project(self, q: Tensor, state: Tensor | None) -> Tensor:
         return q

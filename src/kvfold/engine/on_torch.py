@@ -31,6 +31,12 @@ def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torc
     return []
 
 
+def make(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> TorchEngine:
+    """The engine of a layer's kind of attention."""
+    kind = LatentEngine if shape.variant.latent else TorchEngine
+    return kind(spec, shape, dtype, device)
+
+
 class TorchEngine:
     """Pages of one layer in canonical byte order."""
 
@@ -49,6 +55,8 @@ class TorchEngine:
         self.page_bytes = self.layout.page_bytes
         per_token = heads * max(self.key.latent, self.value.latent)
         self.block_pages = max(1, BLOCK_VALUES // (per_token * PAGE_TOKENS))
+        self.out_dim = value_dim
+        self.weighed = self.value.latent  # numbers of a value as pages are summed up
 
     def running(self) -> dict[str, object]:
         """Threads of the next call; torch may sum in another order with another number of them."""
@@ -163,7 +171,7 @@ class TorchEngine:
 
     def attend(self, request: AttendRequest) -> Tensor:
         """Softmax attention over pages, sinks, recent and new tokens: [B, H * G, Q, D of values] in the dtype of q."""
-        out = request.q.new_zeros(*request.q.shape[:-1], request.v.shape[-1])
+        out = request.q.new_zeros(*request.q.shape[:-1], self.out_dim)
         for b, view in enumerate(request.rows):
             p = view.pads
             out[b, :, p:] = self._attend_row(
@@ -172,20 +180,21 @@ class TorchEngine:
         return out
 
     def _attend_row(self, q: Tensor, k: Tensor, v: Tensor, call: AttendRequest, view: SequenceView) -> Tensor:
-        heads, (_, dim) = self.shape.kv_heads, self.shape.dims
+        heads, dim = self.shape.kv_heads, self.out_dim
         new = q.shape[1]
         groups = q.shape[0] // heads
         # Rows are (query token, query of the group), token-major, so that a causal tile is a slice.
         rows = (q.float() * call.scale).unflatten(0, (heads, groups)).transpose(1, 2).flatten(1, 2)
         # Without pages there is nothing to lift, and no codec state to lift it with.
-        online = _Online(heads, rows.shape[1], self.value.latent if view.runs else dim, q.device)
+        online = _Online(heads, rows.shape[1], self.weighed if view.runs else dim, q.device)
         online.softcap = call.softcap
         if view.runs:
             self._pages(online, rows, view)
-            online.values = self.value.lift(online.values, view.state_v)
         sinks = self.spec.sinks if view.folded else 0
-        past_k = torch.cat([view.sinks_k[:, :sinks], view.recent_k], dim=1).float()
-        past_v = torch.cat([view.sinks_v[:, :sinks], view.recent_v], dim=1).float()
+        past_k, past_v = self.attended(
+            torch.cat([view.sinks_k[:, :sinks], view.recent_k], dim=1).float(),
+            torch.cat([view.sinks_v[:, :sinks], view.recent_v], dim=1).float(),
+        )
         if past_k.shape[1]:
             tile = max(1, SCORE_VALUES // (heads * past_k.shape[1]))
             for i in range(0, rows.shape[1], tile):
@@ -193,7 +202,7 @@ class TorchEngine:
         tile = max(1, SCORE_VALUES // (heads * groups * min(new, 512)))
         for start in range(0, new, 512):
             stop = min(start + 512, new)
-            nk, nv = k[:, start:stop].float(), v[:, start:stop].float()
+            nk, nv = self.attended(k[:, start:stop].float(), v[:, start:stop].float())
             for i in range(start, new, tile):
                 j = min(i + tile, new)
                 mask = torch.arange(start, stop, device=q.device) > torch.arange(i, j, device=q.device)[:, None]
@@ -209,7 +218,20 @@ class TorchEngine:
         o = online.values / online.mass[..., None]
         return o.unflatten(1, (new, groups)).transpose(1, 2).reshape(heads * groups, new, dim)
 
+    @staticmethod
+    def attended(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads [H, n, *] of what is kept."""
+        return keys, values
+
+    def _absent(self, token: int, n: int, view: SequenceView) -> Tensor | None:
+        """Which of n tokens of pages, from `token` on, are not read there [n]; None if all are."""
+        if token >= self.spec.sinks and token + n <= view.folded:
+            return None
+        t = torch.arange(token, token + n, device=self.device)
+        return (t < self.spec.sinks) | (t >= view.folded)
+
     def _pages(self, online: _Online, rows: Tensor, view: SequenceView) -> None:
+        """Attend to pages; leaves values in their own basis."""
         zq = self.key.project(rows, view.state_k)
         tile = max(1, SCORE_VALUES // (zq.shape[0] * self.block_pages * PAGE_TOKENS))
         token = 0
@@ -218,16 +240,42 @@ class TorchEngine:
             zv = self.decode(block, "value", view.state_v)
             mean = self.means(block) if self.spec.centre else None
             n = len(block) * PAGE_TOKENS
-            absent = None
-            if token < self.spec.sinks or token + n > view.folded:
-                t = torch.arange(token, token + n, device=rows.device)
-                absent = (t < self.spec.sinks) | (t >= view.folded)
+            absent = self._absent(token, n, view)
+            if absent is not None:
                 # Stale bytes of a trimmed page may decode to anything, and 0 * NaN is NaN.
                 zv = zv.masked_fill(absent[:, None], 0.0)
             for i in range(0, rows.shape[1], tile):
                 at = slice(i, min(i + tile, rows.shape[1]))
                 offset = (rows[:, at] @ mean.mT).repeat_interleave(MEAN_TOKENS, dim=2) if mean is not None else None
                 online.block(zq[:, at], zk, zv, at=at, mask=absent, offset=offset)
+            token += n
+        online.values = self.value.lift(online.values, view.state_v)
+
+
+class LatentEngine(TorchEngine):
+    """Multi-head latent attention in its absorbed form (see Variant): one latent per token is read as key and as value."""
+
+    def __init__(self, spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(spec, shape, dtype, device)
+        self.out_dim = self.weighed = shape.head_dim
+
+    @staticmethod
+    def attended(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([keys, values], dim=-1), keys
+
+    def _pages(self, online: _Online, rows: Tensor, view: SequenceView) -> None:
+        """Latents are reconstructed a block at a time: their mean is part of the value, so it cannot be left to scores."""
+        tile = max(1, SCORE_VALUES // (rows.shape[0] * self.block_pages * PAGE_TOKENS))
+        token = 0
+        for block in blocks(view.runs, self.block_pages):
+            keys, values = self.attended(*self.unfold(block, (view.state_k, view.state_v)))
+            n = len(block) * PAGE_TOKENS
+            absent = self._absent(token, n, view)
+            if absent is not None:
+                values = values.masked_fill(absent[:, None], 0.0)
+            for i in range(0, rows.shape[1], tile):
+                at = slice(i, min(i + tile, rows.shape[1]))
+                online.block(rows[:, at], keys, values, at=at, mask=absent)
             token += n
 
 

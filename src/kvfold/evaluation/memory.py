@@ -73,6 +73,7 @@ def _child(kind: str, source: str, context: int, profile: str) -> dict[str, int]
     from transformers import DynamicCache
 
     from kvfold.adapters.hf_transformers import FoldedCache, attach
+    from kvfold.adapters.hf_weights import weights_bytes
     from kvfold.cache.memory import return_large_blocks
     from kvfold.evaluation.text import haystack, stream
     from kvfold.loading import Options, load
@@ -84,7 +85,7 @@ def _child(kind: str, source: str, context: int, profile: str) -> dict[str, int]
     caches: dict[str, Any] = {"none": lambda: None, "stock": lambda: DynamicCache(config=model.config)}
     cache = caches[kind]() if kind in caches else FoldedCache(model.config, profile=profile)
     attach(model)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = weights_bytes(model)
     with torch.no_grad():
         model(ids[:, :WARM_TOKENS], past_key_values=FoldedCache(model.config, profile=profile), logits_to_keep=1)
         runtime = _held("VmRSS") - weights

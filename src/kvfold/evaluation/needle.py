@@ -8,7 +8,7 @@ every position of the answer, which is when greedy decoding would print exactly 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Document:
 
 @dataclass
 class Cell:
-    """Answers of one (context, depth, kind): pairs of (stock, folded) hits and answer NLLs."""
+    """Answers of one (profile, context, depth, kind): pairs of (stock, folded) hits and answer NLLs."""
 
     hits: list[tuple[bool, bool]]
     nll: list[tuple[float, float]]
@@ -144,13 +144,16 @@ def grid(
     model: Any,
     tokenizer: Any,
     contexts: list[int],
-    spec: CacheSpec,
+    specs: Mapping[str, CacheSpec],
     kinds: list[str] | None = None,
     trials: int = 20,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """One row per (context, depth, kind) with `trials` paired answers each; the `needle` command's rows."""
+    """One row per (profile, context, depth, kind) with `trials` paired answers each; the `needle` command's rows.
+
+    specs: caches to measure, by the names of their profiles; all of them against one reading through the stock cache.
+    """
     kinds = kinds or list(templates())
     unknown = [k for k in kinds if k not in templates()]
     if unknown:
@@ -160,8 +163,8 @@ def grid(
         raise EvaluationError(
             f"the model ends at {limit} tokens, {max(contexts)} are asked for", "Use shorter contexts"
         )
-    cells: dict[tuple[int, float, str], Cell] = {}
-    total = sum(2 * c * trials * (1 if c >= ALL_KINDS_FROM else len(kinds)) for c in contexts)
+    cells: dict[tuple[str, int, float, str], Cell] = {}
+    total = sum((1 + len(specs)) * c * trials * (1 if c >= ALL_KINDS_FROM else len(kinds)) for c in contexts)
     done = 0
 
     def tick(tokens: int) -> None:
@@ -175,22 +178,25 @@ def grid(
                 stock = prefill(model, document.ids, DynamicCache(config=model.config), tick)
                 expected = [ask(model, n, fork_stock(stock))[1:] for n in document.needles]
                 del stock
-                folded = prefill(model, document.ids, FoldedCache(model.config, spec=spec), tick)
-                for n, (hit_stock, nll_stock) in zip(document.needles, expected, strict=True):
-                    _, hit, nll = ask(model, n, folded.fork())
-                    cell = cells.setdefault((context, n.depth, n.kind), Cell([], []))
-                    cell.hits.append((hit_stock, hit))
-                    cell.nll.append((nll_stock, nll))
-                del folded
-    return [_row(key, cell) for key, cell in sorted(cells.items())]
+                for profile, spec in specs.items():
+                    folded = prefill(model, document.ids, FoldedCache(model.config, spec=spec), tick)
+                    for n, (hit_stock, nll_stock) in zip(document.needles, expected, strict=True):
+                        _, hit, nll = ask(model, n, folded.fork())
+                        cell = cells.setdefault((profile, context, n.depth, n.kind), Cell([], []))
+                        cell.hits.append((hit_stock, hit))
+                        cell.nll.append((nll_stock, nll))
+                    del folded
+    order = list(specs)
+    return [_row(key, cells[key]) for key in sorted(cells, key=lambda k: (order.index(k[0]), *k[1:]))]
 
 
-def _row(key: tuple[int, float, str], cell: Cell) -> dict[str, Any]:
+def _row(key: tuple[str, int, float, str], cell: Cell) -> dict[str, Any]:
     n = len(cell.hits)
     return {
-        "context": key[0],
-        "depth": key[1],
-        "kind": key[2],
+        "profile": key[0],
+        "context": key[1],
+        "depth": key[2],
+        "kind": key[3],
         "trials": n,
         "recall_reference": sum(s for s, _ in cell.hits) / n,
         "recall": sum(f for _, f in cell.hits) / n,

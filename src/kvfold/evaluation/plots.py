@@ -48,16 +48,19 @@ def bars(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def heat_maps(rows: list[dict[str, Any]], path: str) -> None:
-    """Needle recall, contexts by depths: one column per kind, stock cache above, folded cache below."""
+    """Needle recall, contexts by depths: one column per kind; the stock cache above, below it every profile of the rows."""
     plt = pyplot()
     kinds = sorted({r["kind"] for r in rows})
     contexts = sorted({r["context"] for r in rows})
     depths = sorted({r["depth"] for r in rows})
-    figure, axes = plt.subplots(2, len(kinds), figsize=(3.2 * len(kinds), 5.2), squeeze=False, layout="constrained")
+    profiles = list(dict.fromkeys(r["profile"] for r in rows))
+    lines = [(profiles[0], "recall_reference", "16-bit"), *((p, "recall", p) for p in profiles)]
+    size = (3.2 * len(kinds), 2.6 * len(lines))
+    figure, axes = plt.subplots(len(lines), len(kinds), figsize=size, squeeze=False, layout="constrained")
     image = None
     for j, kind in enumerate(kinds):
-        for i, (field, label) in enumerate((("recall_reference", "16-bit cache"), ("recall", "folded cache"))):
-            value = {(r["depth"], r["context"]): r[field] for r in rows if r["kind"] == kind}
+        for i, (profile, field, label) in enumerate(lines):
+            value = {(r["depth"], r["context"]): r[field] for r in rows if (r["profile"], r["kind"]) == (profile, kind)}
             cells = [[value.get((d, c), float("nan")) for c in contexts] for d in depths]
             axis = axes[i][j]
             image = axis.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
@@ -66,8 +69,8 @@ def heat_maps(rows: list[dict[str, Any]], path: str) -> None:
                 range(len(contexts)), [f"{c // 1024}k" if c >= 1024 else str(c) for c in contexts], fontsize=8
             )
             axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=8)
-            for y, line in enumerate(cells):
-                for x, v in enumerate(line):
+            for y, row in enumerate(cells):
+                for x, v in enumerate(row):
                     axis.text(x, y, f"{v:.2f}", ha="center", va="center", fontsize=7)
     figure.supxlabel("context, tokens")
     figure.supylabel("depth of the needle")

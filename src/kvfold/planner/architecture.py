@@ -162,7 +162,8 @@ def _layer(text: Config, kind: str, i: int, heads: int, hidden: int) -> Layer:
     if kind == "conv":
         return Layer(kind, states=conv_state(text, hidden))
     if kind == "latent":
-        return Layer(kind, Attention(1, int(text["qk_rope_head_dim"]), int(text["kv_lora_rank"]), latent=True))
+        width = int(text["kv_lora_rank"]), int(text["qk_rope_head_dim"])
+        return Layer(kind, Attention(1, *width, variant=variant_of(text, slides=False)))
     slides = kind in ("sliding", "chunked", "hybrid_sliding")
     attention = _attention(text, i, heads, hidden, slides)
     if kind in ("hybrid", "hybrid_sliding"):
@@ -186,7 +187,8 @@ def variant_of(text: Config, slides: bool) -> Variant:
     """The softmax of a text config's full, or sliding, layers."""
     with_sinks = SINK_LOGITS.get(str(text.get("model_type")), ())
     softcap = text.get("attn_logit_softcapping")
-    return Variant(float(softcap) if softcap else None, ("sliding" if slides else "full") in with_sinks)
+    latent = bool(text.get("kv_lora_rank")) and not slides
+    return Variant(float(softcap) if softcap else None, ("sliding" if slides else "full") in with_sinks, latent)
 
 
 def _overrides(text: Config, i: int, slides: bool) -> dict[str, Any]:

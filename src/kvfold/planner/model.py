@@ -13,17 +13,19 @@ FLOAT32_BYTES = 4
 class Attention:
     """Keys and values that one layer keeps for every token.
 
-    window: tokens a query reads, its own included, in sliding and chunked layers; None: all there are. latent: multi-head
-    latent attention, whose one head keeps the rotary key (key_dim) and the latent (value_dim), which is key and value.
-    variant: its softmax, which decides what engine runs it.
+    window: tokens a query reads, its own included, in sliding and chunked layers; None: all there are. variant: its softmax,
+    which decides what engine runs it; of latent attention, key_dim is the latent's and value_dim its rotary key's.
     """
 
     kv_heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
-    latent: bool = False
     variant: Variant = PLAIN
+
+    @property
+    def latent(self) -> bool:
+        return self.variant.latent
 
     @property
     def values(self) -> int:

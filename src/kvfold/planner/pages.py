@@ -11,12 +11,18 @@ from kvfold.packing.layout import PageLayout
 from kvfold.planner.model import FLOAT32_BYTES, Attention
 
 
+def spec_of(spec: CacheSpec, attention: Attention) -> CacheSpec:
+    """What a layer makes of a cache's spec."""
+    return spec.for_latents() if attention.latent else spec
+
+
 @functools.cache
 def page_of(spec: CacheSpec, attention: Attention, dtype_bytes: int, backend: str, device: str) -> tuple[int, str]:
     """(bytes of a page, name of the engine). Without torch there is no engine, and the answer is the canonical page.
 
     Raises NoImplementation or UnsupportedHeadDim as the cache would.
     """
+    spec = spec_of(spec, attention)
     if not find_spec("torch"):
         key = fields(spec.key, attention.key_dim, dtype_bytes)
         value = fields(spec.value, attention.value_dim, dtype_bytes)

@@ -10,12 +10,12 @@ from kvfold.cache import sizes
 from kvfold.codec.fields import state_bytes
 from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.planner.model import Attention, Layer, Model
-from kvfold.planner.pages import page_of
+from kvfold.planner.pages import page_of, spec_of
 from kvfold.planner.workspace import workspace_bytes
 
 REFERENCE_BYTES = 2  # per value: what ratios are against
 WINDOW_TENSOR_BYTES = 8  # transformers keeps the length of a sliding window as a tensor, too
-FOLDING = ("full",)
+FOLDING = ("full", "latent")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def attention_bytes(
     if not folds:
         beside = 0 if a.window is None else WINDOW_TENSOR_BYTES
         return min(tokens, a.window or tokens) * a.values * dtype_bytes + beside
+    spec = spec_of(spec, a)
     page_bytes, _ = page_of(spec, a, dtype_bytes, backend, device)
     pages = spec.folded_tokens(tokens) // PAGE_TOKENS
     pool = sizes.pool_bytes(pages, page_bytes, device == "cpu")

@@ -127,14 +127,34 @@ class Session:
         return other
 
     def trim(self, tokens: int) -> None:
-        """Forget the newest tokens. Raises CannotTrim if a layer does not keep what it would need to go back."""
+        """Forget the newest tokens. Where a layer does not keep what it would need to go back (running states, full sliding
+        windows), return to the last checkpoint before that place and read the tokens since again. Raises CannotTrim if
+        there is none; the session is then as it was."""
         if not 0 <= tokens <= len(self.tokens):
             raise CannotTrim(f"cannot trim {tokens} of {len(self.tokens)} tokens", "Trim at most what there is")
-        self.cache.crop(-tokens)
         length = len(self.tokens) - tokens
+        try:
+            self.cache.crop(-tokens)
+        except CannotTrim:
+            at = max((n for n in self.checkpoints if n <= length), default=0)
+            if length and not at:
+                raise
+            self._return(at, length)
         del self.tokens[length:]
         self.checkpoints = {n: c for n, c in self.checkpoints.items() if n <= length}
         self.saved = self.saved.upto(length)
+
+    def _return(self, at: int, length: int) -> None:
+        """Go back to the checkpoint at `at`, or to nothing, and read on up to `length`."""
+        cache, tokens = self.cache, self.tokens
+        self.cache, self.tokens = self.checkpoints[at].fork() if at else self.runner.new_cache(), tokens[:at]
+        try:
+            if again := tokens[at:length]:
+                self.extend(again)
+        except BaseException:
+            self.cache, self.tokens = cache, tokens
+            raise
+        cache.reset()
 
     def checkpoint(self) -> None:
         """Keep what is needed to come back to this length: exact tokens and running states; pages are shared."""
@@ -187,4 +207,4 @@ class Session:
         return self.cache.used_bytes + sum(c.unshared_bytes for c in self.checkpoints.values())
 
     def report(self) -> dict[str, Any]:
-        return self.cache.report()
+        return self.cache.report(self.runner.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from kvfold.adapters.vllm import chosen_spec
+from kvfold.adapters.vllm import PROFILE_VARIABLE, chosen_spec
 from kvfold.adapters.vllm.backend import ExactBackend, FoldedMetadata, page_bytes
 from kvfold.adapters.vllm.blocks import ExactSpec
 from kvfold.adapters.vllm.layer import PooledLayer
@@ -27,6 +29,7 @@ from kvfold.engine.select import make_engine
 from kvfold.errors import Unsupported
 
 CONNECTOR = "kvfold.connectors.vllm"
+logger = init_logger("vllm.kvfold")  # vLLM shows the loggers below its own name
 SIGNATURE = inspect.signature(AttentionImpl.__init__)
 
 
@@ -99,7 +102,9 @@ class FoldedImpl(AttentionImpl[FoldedMetadata]):
         shape = LayerShape(layer, self.num_kv_heads, self.head_size, dtype.itemsize, self._first_head())
         memory = Pools(kv_cache.view(torch.uint8).squeeze(1), self.exact.kv_cache)
         self.geometry = Geometry(spec.window, spec.sinks, memory.pages.shape[1], memory.exact.shape[2])
-        return PooledLayer(make_engine("auto", spec, shape, dtype, kv_cache.device), memory)
+        engine = make_engine("auto", spec, shape, dtype, kv_cache.device)
+        logger.info_once("kvfold: profile %s, engine %s", os.environ[PROFILE_VARIABLE], engine.name)
+        return PooledLayer(engine, memory)
 
     def _first_head(self) -> int:
         """The model's number of this worker's first KV head. With more workers than KV heads, neighbours hold the same one."""
