@@ -121,6 +121,19 @@ def test_evidence_is_what_was_recorded(capsys: pytest.CaptureFixture[str]) -> No
             )
 
 
+@pytest.mark.slow
+def test_a_row_of_the_evidence_is_measured_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own command, on whatever machine this is: codes are the same everywhere, a model's sums are not to the last bit."""
+    stated = next(r for r in load("extreme").evidence if r["command"].startswith("kvfold eval demo "))
+    with pytest.raises(SystemExit):
+        main([*stated["command"].split()[1:], "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["kld_mean"] == pytest.approx(stated["kld_mean"], rel=0.02)
+    assert found["kld_se"] == pytest.approx(stated["kld_se"], rel=0.1)
+    assert found["top1_agreement"] == pytest.approx(stated["top1_agreement"], abs=0.002)
+    assert found["bits_per_value"] == pytest.approx(stated["bits_per_value"], abs=5.1e-4)
+
+
 def test_what_was_measured_is_not_claimed_of_a_changed_profile() -> None:
     assert load("chat").evidence == load("balanced").evidence != ()
     assert parsed("own", {"base": "balanced", "purpose": "x", "window": 0}).evidence == ()
