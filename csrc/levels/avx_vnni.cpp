@@ -11,6 +11,7 @@ struct VnniDot {
   struct Sum { __m256i high, low; };
   using Operand = __m256i;
   static constexpr int kRows = 4;
+  static constexpr bool unpacks(int, int) { return false; }
   static Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static Operand split(__m256i level) { return level; }
   static void step(Sum& sum, Operand level, const std::uint8_t* x) {

@@ -3,6 +3,7 @@
 // walk<Simd, Bits, Quads>(src, part, visit) reads the lines of a group and calls visit(quad, indices) for each of its quads, where
 // `indices` holds in every byte the code of one lane (in its low bits; higher bits are whatever the line held, the lookup ignores
 // them). `part` selects a register's width of every 64-byte line. Layout: format.h. Eight bits are unpacked levels, one quad per line.
+// merge() joins two bits and one to a code; where kMergesPairs says so, in both halves of a byte, which are fields f and f + 4.
 #ifndef KVFOLD_PLANES_H
 #define KVFOLD_PLANES_H
 
@@ -21,10 +22,19 @@ inline void walk(const std::uint8_t* src, int part, const Visit& visit) {
     for (int s = 0; s < kHigh; ++s) {
       const auto high = Simd::load_codes(src + 64 * (kLow + s));
       const auto even = Simd::load_codes(src + 64 * s), odd = Simd::load_codes(src + 64 * (s + kHigh));
-      unroll<8>([&](auto field) {
-        constexpr int f = decltype(field)::value;
-        visit(s + f * kHigh, Simd::template merge<2 * (f / 2), f>(f % 2 == 0 ? even : odd, high));
-      });
+      if constexpr (Simd::kMergesPairs) {
+        unroll<4>([&](auto field) {
+          constexpr int f = decltype(field)::value;
+          const auto pair = Simd::template merge<2 * (f / 2), f>(f % 2 == 0 ? even : odd, high);
+          visit(s + f * kHigh, pair);
+          visit(s + (f + 4) * kHigh, Simd::template shift<4>(pair));
+        });
+      } else {
+        unroll<8>([&](auto field) {
+          constexpr int f = decltype(field)::value;
+          visit(s + f * kHigh, Simd::template merge<2 * (f / 2), f>(f % 2 == 0 ? even : odd, high));
+        });
+      }
     }
   } else {
     constexpr int kLines = Quads * Bits / 8;

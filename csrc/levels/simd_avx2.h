@@ -19,7 +19,9 @@ namespace {
 struct Avx2Dot {
   using Sum = __m256i;
   struct Operand { __m256i even, odd; };
-  static constexpr int kRows = 4;  // rows per pass over the codes: twice as many accumulators
+  static constexpr int kRows = 8;  // per pass over the codes
+  // Whether codes of that many bits become levels before the rows are multiplied: looked up in the same loop they left no register free.
+  static constexpr bool unpacks(int bits, int rows) { return rows > 4 || (rows > 2 && bits < 4); }
   static Sum zero() { return _mm256_setzero_si256(); }
   static Operand split(__m256i level) {
     return {_mm256_and_si256(level, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(level, 8)};
@@ -50,6 +52,7 @@ struct SimdAvx2 {
   static constexpr int kWidth = 8;
   static constexpr int kBytes = 32;
   static constexpr int kBias = 64;
+  static constexpr bool kMergesPairs = true;
   using Float = __m256;
   using Int = __m256i;
   using Codes = __m256i;
@@ -146,8 +149,8 @@ struct SimdAvx2 {
   static Codes merge(Codes low, Codes high) {
     if constexpr (HighBit > 2) high = _mm256_srli_epi16(high, HighBit - 2);
     if constexpr (HighBit < 2) high = _mm256_slli_epi16(high, 2 - HighBit);
-    return _mm256_or_si256(_mm256_and_si256(shift<LowShift>(low), _mm256_set1_epi8(3)),
-                           _mm256_and_si256(high, _mm256_set1_epi8(4)));
+    return _mm256_or_si256(_mm256_and_si256(shift<LowShift>(low), _mm256_set1_epi8(0x33)),
+                           _mm256_and_si256(high, _mm256_set1_epi8(0x44)));
   }
   static Codes lookup(Codes index, Codes table) {
     return _mm256_shuffle_epi8(table, _mm256_and_si256(index, _mm256_set1_epi8(15)));
@@ -163,6 +166,7 @@ struct SimdAvx2 {
   template <int Bits, int Quads, int Rows>
   static void dot(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
                   std::int32_t* out) {
+    if constexpr (Bits != kLevelBits && Dot::unpacks(Bits, Rows)) return dot_unpacked<Bits, Quads, Rows>(src, operand, sum, table, out);
     constexpr int kRows = Rows < Dot::kRows ? Rows : Dot::kRows;
     if constexpr (Bits != kLevelBits)
       for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
@@ -172,6 +176,20 @@ struct SimdAvx2 {
   }
 
  private:
+  // Levels first, into the first level cache: two short loops whose values all have registers.
+  template <int Bits, int Quads, int Rows>
+  static void dot_unpacked(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+                           std::int32_t* out) {
+    alignas(64) std::uint8_t unpacked[Quads * 64];
+    for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
+    const Codes levels = load_256(table);
+    for (int half = 0; half < 2; ++half)
+      walk<SimdAvx2, Bits, Quads>(src, half, [&](int quad, Codes codes) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(unpacked + 64 * quad + 32 * half), lookup(codes, levels));
+      });
+    dot<kLevelBits, Quads, Rows>(unpacked, operand, sum, table, out);
+  }
+
   template <int Bits, int Quads, int Rows>
   static void half_line(const std::uint8_t* src, int half, const std::uint8_t* operand, const std::int32_t* sum,
                         const std::uint8_t* table, std::int32_t* out) {

@@ -20,6 +20,7 @@ struct SimdAvx512 {
   static constexpr int kWidth = 16;
   static constexpr int kBytes = 64;
   static constexpr int kBias = 64;
+  static constexpr bool kMergesPairs = false;
   using Float = __m512;
   using Int = __m512i;
   using Codes = __m512i;

@@ -20,6 +20,7 @@ struct SimdNeon {
   static constexpr int kWidth = 4;
   static constexpr int kBytes = 16;
   static constexpr int kBias = 0;
+  static constexpr bool kMergesPairs = true;
   using Float = float32x4_t;
   using Int = int32x4_t;
   using Codes = uint8x16_t;
@@ -99,7 +100,7 @@ struct SimdNeon {
   static Codes merge(Codes low, Codes high) {
     if constexpr (HighBit > 2) high = vshrq_n_u8(high, HighBit - 2);
     if constexpr (HighBit < 2) high = vshlq_n_u8(high, 2 - HighBit);
-    return vorrq_u8(vandq_u8(shift<LowShift>(low), vdupq_n_u8(3)), vandq_u8(high, vdupq_n_u8(4)));
+    return vorrq_u8(vandq_u8(shift<LowShift>(low), vdupq_n_u8(0x33)), vandq_u8(high, vdupq_n_u8(0x44)));
   }
 
   // 256 * high + low of four integers -> [high x4][low x4].

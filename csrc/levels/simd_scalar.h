@@ -17,6 +17,7 @@ struct SimdScalar {
   static constexpr int kWidth = 4;
   static constexpr int kBytes = 16;
   static constexpr int kBias = 0;  // added to levels by the lookup table
+  static constexpr bool kMergesPairs = false;
   struct Float { float v[4]; };
   struct Int { std::int32_t v[4]; };
   struct Codes { std::uint8_t v[16]; };

@@ -232,7 +232,7 @@ int main() {
       {1, 1, "trellis 1"}, {1, 2, "trellis 1.5"}, {2, 2, "trellis 2"}, {2, 3, "trellis 2.5"}, {3, 3, "trellis 3"}, {3, 4, "trellis 3.5"}};
   for (int dim : {64, 128, 256})
     for (const auto& code : codes)
-      for (const auto& s : {shapes[1], shapes[4]}) {
+      for (const auto& s : {shapes[1], shapes[dim == 64 ? 4 : 2]}) {
         const Trellis keys(code.first, code.second), values(code.first, code.second);
         kvf_side key = {}, value = {};
         key.trellis = &keys.reader;

@@ -164,6 +164,44 @@ def import_(
 
 
 @app.command()
+def llama_fold(
+    state: Annotated[Path, typer.Argument(help="A slot file of llama-server, or a saved state of one sequence.")],
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    model: Annotated[str, typer.Option(help="The model that llama.cpp ran: GGUF file, folder, or hub id.")],
+    profile: common.ProfileName = "balanced",
+    json: common.Json = False,
+) -> None:
+    """Fold what llama.cpp saved of a sequence into a file of about a fifth of its size."""
+    from kvfold.adapters.llama_cpp.folding import fold, heads_of
+    from kvfold.loading import describe
+    from kvfold.profiles import load as profile_of
+
+    fold(state.read_bytes(), heads_of(describe(model, Options()).model), profile_of(profile).spec, file)
+    _wrote(file, state.stat().st_size, json)
+
+
+@app.command()
+def llama_unfold(
+    file: Annotated[Path, typer.Argument(help="A file that llama-fold wrote.")],
+    state: Annotated[Path, typer.Argument(help="The file to write, for llama.cpp to restore.")],
+    json: common.Json = False,
+) -> None:
+    """Make the state that llama.cpp restores of a folded file."""
+    from kvfold.adapters.llama_cpp.folding import unfold
+
+    state.write_bytes(unfold(file))
+    _wrote(state, file.stat().st_size, json)
+
+
+def _wrote(file: Path, before: int, json: bool) -> None:
+    now = file.stat().st_size
+    if json:
+        common.show_json({"file": str(file), "bytes": now, "from_bytes": before})
+    else:
+        typer.echo(f"wrote {file}, {now:,} bytes (from {before:,})")
+
+
+@app.command()
 def restore(
     model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or demo.")] = "demo",
     context: Annotated[str, typer.Option(help="Tokens of the session, such as 100k.")] = "100k",
