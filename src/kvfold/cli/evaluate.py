@@ -125,7 +125,8 @@ def eval_(
 
     parts = cut(content, loaded.tokenizer, windows, window_tokens, skip)
     scores = _scored(loaded.model, parts, spec, profile, baseline.split(",") if baseline else [])
-    rows = {name: figures(s) for name, s in scores.items()}
+    weights = weights_bytes(loaded.model)
+    rows = {name: figures(s) | {"weights_bytes": weights} for name, s in scores.items()}
     found = {}
     if asked:
         with common.progress("legs") as shown:
@@ -138,7 +139,6 @@ def eval_(
         protocol |= {"windows": windows, "window tokens": window_tokens, "windows skipped": skip}
         _report(report, loaded, spec, (scores, rows, parts, found), protocol)
     result, *others = [row if not i else {"baseline": n, **row} for i, (n, row) in enumerate(rows.items())]
-    result["weights_bytes"] = weights_bytes(loaded.model)
     broken = failures(result, limits) if limits is not None else []
     if limits is not None:
         result |= {"gate_passed": not broken, "gate_failures": broken}
