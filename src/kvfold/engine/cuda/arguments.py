@@ -50,6 +50,14 @@ class UnfoldArgs(ctypes.Structure):
     )
 
 
+class AppendArgs(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("k", "v", "seq", "nonfinite")),
+        *((f"{x}_{a}", ctypes.c_longlong) for x in "kv" for a in "bh"),
+        ("H", ctypes.c_int),
+    )
+
+
 class FoldArgs(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("k", "v", "page", "sign_k", "sign_v", "nonfinite")),
