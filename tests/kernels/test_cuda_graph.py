@@ -9,10 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3NextConfig
 
 import kvfold
-from kvfold.engine.cuda import driver
+from kvfold.engine.cuda.engine import why_not
+from kvfold.engine.request import LayerShape
 from kvfold.errors import CacheMisuse, NonFiniteInput
+from kvfold.profiles import load
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 VOCABULARY = 97
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4,
@@ -26,10 +28,8 @@ MIXED = {
 
 @pytest.fixture(autouse=True)
 def gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
-    if reason := driver.missing():
-        pytest.skip(reason)
+    if reasons := why_not(load("turbo-3").spec, LayerShape(0, 2, 64, 2), torch.bfloat16, DEVICE):
+        pytest.skip("; ".join(reasons))
 
 
 def made(config: type = LlamaConfig, **more: object) -> torch.nn.Module:
@@ -164,15 +164,14 @@ def test_states_of_a_hybrid_cannot_go_back_and_the_cache_says_so() -> None:
 def test_other_calls_run_as_before_and_say_why() -> None:
     model = made()
     cache = prefilled(model, tokens(1, 300), "turbo-3")
-    with kvfold.cuda_graphs(model) as graphs:
-        with torch.no_grad():
-            model(tokens(1, 2), past_key_values=cache)
-            assert graphs.reasons == ["the call does not bring one token per row"]
-            model(tokens(1, 1))
-            assert graphs.reasons == ["the cache is not a FoldedCache"]
-            cache.watch()
-            model(tokens(1, 1), past_key_values=cache)
-            assert "watched" in graphs.reasons[0]
+    with kvfold.cuda_graphs(model) as graphs, torch.no_grad():
+        model(tokens(1, 2), past_key_values=cache)
+        assert graphs.reasons == ["the call does not bring one token per row"]
+        model(tokens(1, 1))
+        assert graphs.reasons == ["the cache is not a FoldedCache"]
+        cache.watch()
+        model(tokens(1, 1), past_key_values=cache)
+        assert "watched" in graphs.reasons[0]
     assert graphs.replays == 0
     assert "forward" not in vars(model)
 

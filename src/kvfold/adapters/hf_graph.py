@@ -30,7 +30,8 @@ from kvfold.adapters.hf_state import tensors_of
 from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer
 from kvfold.cache.guard import CallGuard
 from kvfold.cache.sequence import LayerSequence
-from kvfold.engine.cuda.engine import MAX_BATCH, SEQUENCE_WORDS, CudaEngine, sequence_words
+from kvfold.engine.cuda.arguments import SEQUENCE_WORDS, sequence_words
+from kvfold.engine.cuda.engine import MAX_BATCH, CudaEngine
 from kvfold.engine.request import AttendRequest
 from kvfold.engine.variant import PLAIN
 from kvfold.errors import InvalidConfig, NonFiniteInput

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold.codec.canonical import inverse_sqrt
@@ -19,6 +18,7 @@ from kvfold.engine.cuda.arguments import (
     book_of,
     levels_of,
     plan_rings,
+    sequence_words,
     shared_limit,
 )
 from kvfold.engine.cuda.fragments import Fragments, format_of
@@ -33,7 +33,6 @@ HEAD_DIMS = (64, 128, 256)
 CODECS = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5)}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_BATCH = 128  # kernels/ring.cuh
-SEQUENCE_WORDS = 9  # 64-bit words of struct Sequence
 COPY_MIN_CAPABILITY = (9, 0)  # bulk copies; below it cp.async
 MIN_CAPABILITY = (8, 0)
 
@@ -372,24 +371,6 @@ class CudaEngine:
             self.shape.kv_heads,
         )
         self._append().launch((len(k), 1, 1), 256, torch.cuda.current_stream(self.device).cuda_stream, a)
-
-
-def sequence_words(
-    recent_k: Tensor,
-    recent_v: Tensor,
-    sinks_k: Tensor,
-    sinks_v: Tensor,
-    pages: Tensor,
-    length: int,
-    folded: int,
-    pads: int,
-    first: int,
-    ring: int,
-) -> NDArray[np.int64]:
-    """struct Sequence of kernels/ring.cuh as int64 words. recent [H, n, D], token folded + e in slot (first + e) % ring."""
-    ints = np.array([length, folded, pads, first, ring, 0], np.int32).view(np.int64)
-    pointers = [x.data_ptr() for x in (recent_k, recent_v, sinks_k, sinks_v, pages)]
-    return np.concatenate([np.array(pointers, np.int64), ints, np.array([recent_k.stride(0)], np.int64)])
 
 
 def _pointer(x: Tensor | None) -> int:
