@@ -102,6 +102,9 @@ class Graphs:
             except (RuntimeError, TypeError) as error:
                 # A model that waits for the GPU, or whose control flow depends on it. Nothing was run or stored.
                 torch.cuda.synchronize()
+                # torch leaves its random numbers in the state of a capture; a copy of that state is not in it.
+                generator = torch.cuda.default_generators[given["input_ids"].device.index]
+                generator.graphsafe_set_state(generator.clone_state())
                 known = f"capture failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         self._seen[key] = known
         self._seen.move_to_end(key)
