@@ -1,5 +1,4 @@
-"""Memory of a store: what its sessions take, what calls under way and sessions with a promise may still take, and room
-made before they take it."""
+"""Memory of a store: what sessions take, what they and calls under way may still take, and room made before they do."""
 
 from __future__ import annotations
 
