@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvfold.bench import cuda_decode as cd
 from kvfold.bench.cuda_timing import copy_bandwidth, time_launches
-from kvfold.engine.cuda.engine import CudaEngine, sequence_words
+from kvfold.engine.cuda.arguments import sequence_words
+from kvfold.engine.cuda.engine import CudaEngine
 
 TILE = 512  # pages that are folded or unfolded at once
 QUERY = 3.0  # deviation of the queries: scores of deviation 3, so that few of millions of tokens matter, as in a model

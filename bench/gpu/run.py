@@ -147,6 +147,7 @@ def main() -> None:
                 *(["-k", args.only] if args.only else []),
                 "--durations=5",
                 "tests/kernels/test_cuda_engine.py",
+                "tests/kernels/test_cuda_graph.py",
             ]
         )
         print(f"tests: exit {code}, {time.monotonic() - START:.1f} s", flush=True)

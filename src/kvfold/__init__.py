@@ -2,7 +2,8 @@
 
 Stages, in the order a key vector meets them: rotation, codebook, codec, packing, engine, cache; above them profiles,
 adapters, loading, evaluation, sessions, serving and the command line. Importing this package loads NumPy and the standard
-library only; `load`, `FoldedCache`, `Session`, `attach` and `detach` load torch and transformers when first used.
+library only; `load`, `FoldedCache`, `Session`, `attach`, `detach` and `cuda_graphs`
+load torch and transformers when first used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from kvfold.config import CacheSpec, SideSpec
 from kvfold.errors import KvfoldError, MissingExtra
 
 if TYPE_CHECKING:
+    from kvfold.adapters.hf_graph import cuda_graphs
     from kvfold.adapters.hf_transformers import FoldedCache, attach, detach, register
     from kvfold.serving.model import load
     from kvfold.sessions.session import Session
@@ -29,6 +31,7 @@ __all__ = [
     "SideSpec",
     "__version__",
     "attach",
+    "cuda_graphs",
     "detach",
     "load",
     "register",
@@ -37,6 +40,7 @@ __all__ = [
 _ADAPTER = "kvfold.adapters.hf_transformers"
 _LAZY = dict.fromkeys(("FoldedCache", "attach", "detach", "register"), _ADAPTER)
 _LAZY |= {"Session": "kvfold.sessions.session", "SessionStore": "kvfold.sessions.store"}
+_LAZY |= {"cuda_graphs": "kvfold.adapters.hf_graph"}
 _LAZY |= {"load": "kvfold.serving.model"}
 
 

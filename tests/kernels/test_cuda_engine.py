@@ -206,7 +206,7 @@ def test_same_call_same_bits() -> None:
 
 def test_graph_replay_reads_new_tables() -> None:
     cuda, plain = engines(spec_of("3", "3"), 2, 128, torch.bfloat16)
-    from kvfold.engine.cuda.engine import sequence_words
+    from kvfold.engine.cuda.arguments import sequence_words
 
     store = torch.randint(0, 100, (40, cuda.page_bytes), dtype=torch.uint8, device=DEVICE)
     pages = (torch.arange(40, device=DEVICE) * cuda.page_bytes + store.data_ptr()).flip(0).contiguous()

@@ -96,33 +96,38 @@ class LazyMask:
         return self._known[3]
 
     def _read(self, new: int, columns: int, holes: Sequence[Runs]) -> list[int]:
-        mask, batch = self.arguments["attention_mask"], len(holes)
         if self.arguments["mask_function"] is not causal_mask_function:
             raise Unsupported("this model's attention mask is not plain causal", "Use the stock cache for it")
-        if mask is None:
-            return no_pads(holes)
-        if mask.dim() != 2 or mask.shape[-1] != columns + new or len(mask) not in (1, batch):
-            raise Unsupported(
-                f"the attention mask {tuple(mask.shape)} does not cover {batch} rows of {columns} past and {new} new tokens",
-                "Pass a 2D mask over all tokens so far, or none",
-            )
-        mask = mask.bool().expand(batch, -1)
-        seen = torch.ones(batch, columns, dtype=torch.bool, device=mask.device)
-        for row, runs in zip(seen, holes, strict=True):
-            for start, stop in runs:
-                row[start:stop] = False
-        if not torch.equal(mask[:, :columns], seen):
-            raise Unsupported(
-                "the attention mask hides or shows other past tokens than in earlier calls",
-                "Keep the mask of earlier calls as it was",
-            )
-        here = mask[:, columns:]
-        if bool((here[:, 1:] < here[:, :-1]).any()):
-            raise Unsupported(
-                "the attention mask hides tokens that are not left padding of this call",
-                "Pad on the left: padding_side='left' in the tokenizer",
-            )
-        return [int(p) for p in (~here).sum(-1).tolist()]
+        return read_pads(self.arguments["attention_mask"], new, columns, holes)
+
+
+def read_pads(mask: Tensor | None, new: int, columns: int, holes: Sequence[Runs]) -> list[int]:
+    """How many of a call's `new` columns are left padding, per row: see LazyMask.pads. mask: [B or 1, columns + new]."""
+    batch = len(holes)
+    if mask is None:
+        return no_pads(holes)
+    if mask.dim() != 2 or mask.shape[-1] != columns + new or len(mask) not in (1, batch):
+        raise Unsupported(
+            f"the attention mask {tuple(mask.shape)} does not cover {batch} rows of {columns} past and {new} new tokens",
+            "Pass a 2D mask over all tokens so far, or none",
+        )
+    mask = mask.bool().expand(batch, -1)
+    seen = torch.ones(batch, columns, dtype=torch.bool, device=mask.device)
+    for row, runs in zip(seen, holes, strict=True):
+        for start, stop in runs:
+            row[start:stop] = False
+    if not torch.equal(mask[:, :columns], seen):
+        raise Unsupported(
+            "the attention mask hides or shows other past tokens than in earlier calls",
+            "Keep the mask of earlier calls as it was",
+        )
+    here = mask[:, columns:]
+    if bool((here[:, 1:] < here[:, :-1]).any()):
+        raise Unsupported(
+            "the attention mask hides tokens that are not left padding of this call",
+            "Pad on the left: padding_side='left' in the tokenizer",
+        )
+    return [int(p) for p in (~here).sum(-1).tolist()]
 
 
 def no_pads(holes: Sequence[Runs]) -> list[int]:
@@ -253,6 +258,10 @@ def _implementation(model: Any) -> str:
             f"{type(model).__name__} is not a transformers model",
             "Pass what AutoModelForCausalLM.from_pretrained returns",
         ) from error
+
+
+def is_attached(model: Any) -> bool:
+    return _implementation(model).startswith(NAME)
 
 
 def _set(model: Any, name: str) -> None:

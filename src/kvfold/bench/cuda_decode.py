@@ -14,7 +14,8 @@ from kvfold.bench.cuda_timing import Timing, rotations, time_calls, time_launche
 from kvfold.codebook import table
 from kvfold.codebook.trellis import code
 from kvfold.config import CacheSpec, SideSpec
-from kvfold.engine.cuda.engine import CudaEngine, sequence_words
+from kvfold.engine.cuda.arguments import sequence_words
+from kvfold.engine.cuda.engine import CudaEngine
 from kvfold.engine.cuda.fragments import UNIT
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
 

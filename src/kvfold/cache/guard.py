@@ -104,6 +104,13 @@ class CallGuard:
             self.busy = False
             self._idle()
 
+    def fail(self, stored: set[int], before: Any) -> None:
+        """Like `free`, after work that left its tokens in the layers `stored`: a call that did not finish."""
+        with self._lock:
+            self.busy = False
+            self._idle()
+            self.stored, self.before = set(stored), before
+
     def clear(self) -> None:
         """Forget the call under way; whatever still runs in it is refused."""
         with self._lock:

@@ -165,7 +165,7 @@ class FoldedAttention:
         """
         self.prepare(k, v)
         call = AttendRequest(q, k, v, scale, [], softcap, sink_logits)
-        self._check_variant(call)
+        self.check_variant(call)
         if (
             q.dim() != 4
             or q.shape[1] % k.shape[1]
@@ -189,7 +189,7 @@ class FoldedAttention:
         key, value = k.shape[-1], v.shape[-1]
         return (key + value, key) if self.variant.latent else (key, value)
 
-    def _check_variant(self, call: AttendRequest) -> None:
+    def check_variant(self, call: AttendRequest) -> None:
         """Engines were chosen by what the layer announced: a call that asks for more is refused, never answered wrongly."""
         wrong = "softcap" if call.softcap is not None and call.softcap != self.variant.softcap else ""
         if call.sink_logits is not None and not self.variant.sink_logits:
@@ -208,6 +208,21 @@ class FoldedAttention:
                 out[some] = self.engine.attend(part)  # type: ignore[union-attr]
             return out
         return self.engine.attend(replace(call, rows=rows))  # type: ignore[union-attr]
+
+    def advance(self) -> None:
+        """Count one token in every row, which a kernel has put into the rings, and fold what is due."""
+        for s in self.sequences:
+            s.advance()
+        self.fold_due()
+
+    def fold_due(self) -> None:
+        """Fold the pages that have left the window. If a row fails, all stay as they are and it is still due."""
+        if any(s.due for s in self.sequences):
+            k, v = (
+                x[None, :, :0].expand(len(self.sequences), -1, -1, -1)
+                for x in (self.sequences[0].ring_k, self.sequences[0].ring_v)
+            )
+            self._store(k, v, [0] * len(self.sequences))
 
     def append(self, k: Tensor, v: Tensor, pads: Sequence[int]) -> None:
         """Append without attention, as a session being filled does. If a row fails, no row keeps the call's tokens."""

@@ -63,6 +63,7 @@ class LayerSequence:
         self.pages: list[int] = []  # changed in place only: the finalizer holds this list
         self.length = self.folded = self.exact_start = 0
         self.unchanged = 0  # leading pages that are as they were at the last `mark`
+        self.changes = 0  # how often anything but `advance` changed it
         self._runs: Runs | None = None  # of `pages`, until they change
         self.state: State = (None, None)
         self._own_pages()
@@ -90,9 +91,11 @@ class LayerSequence:
     def view(self, pads: int) -> SequenceView:
         """The sequence as attention of the next call reads it."""
         k, v = self._ring(self.folded, self.length)
-        return SequenceView(self._in_runs(), self.folded, self.sinks_k, self.sinks_v, k, v, pads, *self.state)
+        return SequenceView(self.runs, self.folded, self.sinks_k, self.sinks_v, k, v, pads, *self.state)
 
-    def _in_runs(self) -> Runs:
+    @property
+    def runs(self) -> Runs:
+        """Its pages in order, as engines read them."""
         if self._runs is None:
             self._runs = self.pool.runs(self.pages)
         return self._runs
@@ -152,9 +155,20 @@ class LayerSequence:
         sinks = slice(min(self.length, self.sinks_k.shape[1]), min(total, self.sinks_k.shape[1]))
         self.sinks_k[:, sinks] = k[:, : sinks.stop - sinks.start]
         self.sinks_v[:, sinks] = v[:, : sinks.stop - sinks.start]
+        self.changes += 1
         self.length = total
         self.folded = max(self.folded, self.engine.spec.folded_tokens(total))
         self.exact_start = max(self.exact_start, total - self.ring)
+
+    def advance(self) -> None:
+        """Count a token that a kernel has put into the ring. Folds nothing: see `due`."""
+        self.length += 1
+        self.exact_start = max(self.exact_start, self.length - self.ring)
+
+    @property
+    def due(self) -> bool:
+        """Whether pages have left the window and are not folded yet."""
+        return self.engine.spec.folded_tokens(self.length) > self.folded
 
     def discard(self, staged: Staged) -> None:
         """Give up an append that was staged."""
@@ -202,6 +216,7 @@ class LayerSequence:
             self.pool.release(self.pages.pop())
             self._runs = None
         self.unchanged = min(self.unchanged, len(self.pages))
+        self.changes += 1
         self.length = length
 
     def mark(self) -> None:
@@ -241,6 +256,7 @@ class LayerSequence:
         """
         self.pages[:] = pages
         self._runs = None
+        self.changes += 1
         self.length, self.folded, self.exact_start = length, folded, length - exact[0].shape[1]
         self.state = state
         self._set_ring(*exact)

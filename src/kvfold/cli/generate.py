@@ -42,6 +42,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from kvfold.adapters.hf_graph import cuda_graphs
     from kvfold.adapters.hf_transformers import FoldedCache, attach
 
     torch.manual_seed(seed)
@@ -54,7 +55,7 @@ def generate(
     )
     streamer = None if json else TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     began = time.perf_counter()
-    with attach(loaded.model):
+    with attach(loaded.model), cuda_graphs(loaded.model):
         out = loaded.model.generate(
             **inputs,
             past_key_values=cache,

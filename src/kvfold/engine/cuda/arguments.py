@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from kvfold.codebook import table
 from kvfold.codebook.trellis import code
@@ -16,6 +18,9 @@ from kvfold.engine.cuda.streams import ZERO, table_bytes
 IN_FLIGHT_BYTES = 112 << 10
 # Column groups of 4 queries that one block walks at once, and warps that leave enough registers for them.
 WARPS = {(64, 1): 16, (128, 1): 16, (256, 1): 8, (64, 2): 8, (128, 2): 8, (256, 2): 8, (64, 4): 8, (128, 4): 8}
+
+
+SEQUENCE_WORDS = 9  # 64-bit words of struct Sequence
 
 
 class Levels(ctypes.Structure):
@@ -47,6 +52,14 @@ class UnfoldArgs(ctypes.Structure):
         ("value", Levels),
         ("key_pairs", ctypes.c_void_p),
         ("value_pairs", ctypes.c_void_p),
+    )
+
+
+class AppendArgs(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("k", "v", "seq", "nonfinite")),
+        *((f"{x}_{a}", ctypes.c_longlong) for x in "kv" for a in "bh"),
+        ("H", ctypes.c_int),
     )
 
 
@@ -100,3 +113,21 @@ def plan_rings(dim: int, formats: tuple[int, int], mean: bool, groups: int, limi
         if fits >= 2 or warps == 8:
             return warps, max(1, min(fits, max(2, IN_FLIGHT_BYTES // (warps * slot))))
         warps //= 2
+
+
+def sequence_words(
+    recent_k: Tensor,
+    recent_v: Tensor,
+    sinks_k: Tensor,
+    sinks_v: Tensor,
+    pages: Tensor,
+    length: int,
+    folded: int,
+    pads: int,
+    first: int,
+    ring: int,
+) -> NDArray[np.int64]:
+    """struct Sequence of kernels/ring.cuh as int64 words. recent [H, n, D], token folded + e in slot (first + e) % ring."""
+    ints = np.array([length, folded, pads, first, ring, 0], np.int32).view(np.int64)
+    pointers = [x.data_ptr() for x in (recent_k, recent_v, sinks_k, sinks_v, pages)]
+    return np.concatenate([np.array(pointers, np.int64), ints, np.array([recent_k.stride(0)], np.int64)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold.codec.canonical import inverse_sqrt
@@ -12,12 +11,14 @@ from kvfold.codec.torch_trellis import Trellis
 from kvfold.config import PAGE_TOKENS, SCALES, CacheSpec
 from kvfold.engine.cuda import driver
 from kvfold.engine.cuda.arguments import (
+    AppendArgs,
     DecodeArgs,
     FoldArgs,
     UnfoldArgs,
     book_of,
     levels_of,
     plan_rings,
+    sequence_words,
     shared_limit,
 )
 from kvfold.engine.cuda.fragments import Fragments, format_of
@@ -32,7 +33,6 @@ HEAD_DIMS = (64, 128, 256)
 CODECS = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5)}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_BATCH = 128  # kernels/ring.cuh
-SEQUENCE_WORDS = 9  # 64-bit words of struct Sequence
 COPY_MIN_CAPABILITY = (9, 0)  # bulk copies; below it cp.async
 MIN_CAPABILITY = (8, 0)
 
@@ -198,7 +198,7 @@ class CudaEngine:
             for r in rows:
                 recent_k, recent_v = (_aligned(x) for x in (r.recent_k, r.recent_v))
                 sinks = [x.contiguous() for x in (r.sinks_k, r.sinks_v)]
-                pages = self._addresses(r.runs)
+                pages = self.addresses(r.runs)
                 keep += [recent_k, recent_v, *sinks, pages]
                 words.append(
                     sequence_words(
@@ -249,7 +249,7 @@ class CudaEngine:
         rotated, exact = Merge(), Merge()
         if view.folded:
             turned = (rows.float() @ self._turns[0]).to(self.dtype)
-            pages, step = self._addresses(view.runs), TILE_TOKENS // PAGE_TOKENS
+            pages, step = self.addresses(view.runs), TILE_TOKENS // PAGE_TOKENS
             tile = torch.empty(2, heads, min(step, len(pages)) * PAGE_TOKENS, dim, dtype=self.dtype, device=self.device)
             for p in range(0, len(pages), step):
                 some = pages[p : p + step]
@@ -273,7 +273,7 @@ class CudaEngine:
             exact.add(rotated.out @ self._turns[1], rotated.lse)
         out[:, view.pads :] = exact.out.unflatten(1, (groups, new)).flatten(0, 1).to(out.dtype)  # type: ignore[union-attr]
 
-    def _addresses(self, runs: list[Tensor]) -> Tensor:
+    def addresses(self, runs: list[Tensor]) -> Tensor:
         """int64 device tensor: the address of every page. Kept while the pages stay the same, i.e. until the next fold."""
         if isinstance(runs, Runs) and runs.table is not None:
             return runs.table
@@ -347,23 +347,30 @@ class CudaEngine:
         stream_ = torch.cuda.current_stream(self.device).cuda_stream
         kernel.launch((self._blocks, 1, 1), threads, stream_, a, dependent and self.capability >= COPY_MIN_CAPABILITY)
 
+    # ---- steps that the host takes no part in
+    def ready(self) -> tuple[Tensor, Tensor]:
+        """Load what `append` runs, and return the memory that attention works in since its last call. A graph of the
+        two points to it: hold on to it, for a larger call replaces it."""
+        self._append()
+        return _WORK[self.device.index or 0]
 
-def sequence_words(
-    recent_k: Tensor,
-    recent_v: Tensor,
-    sinks_k: Tensor,
-    sinks_v: Tensor,
-    pages: Tensor,
-    length: int,
-    folded: int,
-    pads: int,
-    first: int,
-    ring: int,
-) -> NDArray[np.int64]:
-    """struct Sequence of kernels/ring.cuh as int64 words. recent [H, n, D], token folded + e in slot (first + e) % ring."""
-    ints = np.array([length, folded, pads, first, ring, 0], np.int32).view(np.int64)
-    pointers = [x.data_ptr() for x in (recent_k, recent_v, sinks_k, sinks_v, pages)]
-    return np.concatenate([np.array(pointers, np.int64), ints, np.array([recent_k.stride(0)], np.int64)])
+    def _append(self) -> driver.Kernel:
+        return driver.kernel("append.cu", (self.shape.head_dim, DTYPES[self.dtype]), self.capability, 1)
+
+    def append(self, k: Tensor, v: Tensor, sequences: Tensor, nonfinite: Tensor) -> None:
+        """Put tokens k, v [B, H, 1, D] into the rings that `sequences` int64 [B, SEQUENCE_WORDS] tells of, and count them
+        there. nonfinite: int32 [1], becomes 1 if a vector holds NaN or infinity. Safe in a CUDA graph."""
+        k, v = (_aligned(x) for x in (k, v))
+        a = AppendArgs(
+            k.data_ptr(),
+            v.data_ptr(),
+            sequences.data_ptr(),
+            nonfinite.data_ptr(),
+            *k.stride()[:2],
+            *v.stride()[:2],
+            self.shape.kv_heads,
+        )
+        self._append().launch((len(k), 1, 1), 256, torch.cuda.current_stream(self.device).cuda_stream, a)
 
 
 def _pointer(x: Tensor | None) -> int:
