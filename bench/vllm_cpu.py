@@ -147,7 +147,13 @@ def main() -> None:
         row["ratio"] = round(row["tokens_per_s"] / rows[0]["tokens_per_s"], 3)
         row["decode_ratio"] = round(row["decode_tokens_per_s"] / rows[0]["decode_tokens_per_s"], 3)
         print(contender.profile, row)
-    setting = {"requests": given.requests, "context": given.context, "answer": given.answer, "rounds": given.rounds}
+    setting = {
+        "requests": given.requests,
+        "context": given.context,
+        "answer": given.answer,
+        "rounds": given.rounds,
+        "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
+    }
     record.append(
         ROOT / "bench" / "results" / "vllm.csv",
         [

@@ -196,7 +196,12 @@ def test_more_than_memory_holds_goes_to_the_disk_and_comes_back(loaded: Loaded, 
 def test_too_little_memory_is_said_so(loaded: Loaded) -> None:
     with running(loaded, keep=Keep("4MB")) as r:
         body = {"model": DEMO, "prompt": [5] * 20_000, "max_tokens": 2}
-        assert refusal(httpx.post(r.url + "/v1/completions", json=body, timeout=60)) == (503, "out_of_memory")
+        never = httpx.post(r.url + "/v1/completions", json=body, timeout=60)
+        assert refusal(never) == (400, "context_length_exceeded")
+        assert "bytes of memory, and all requests together may take 4,000,000" in never.json()["error"]["message"]
+        health = httpx.get(r.url + "/health").json()
+        assert health["requests"] == {"running": 0, "waiting": 0}
+        assert 0 <= health["memory"]["used_bytes"] <= health["memory"]["limit_bytes"] == 4_000_000
         assert refusal(httpx.post(r.url + "/sessions/x/save")) == (404, "session_not_found")
         complete(r, [5, 6, 7], session="small")
         refused = httpx.post(r.url + "/sessions/small/save")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.memory import reserve
-from kvfold.cache.sizes import mapped, slab_pages
+from kvfold.cache.sizes import mapped, pool_bytes_at_most, slab_pages
 from kvfold.engine.request import Runs
 
 
@@ -86,6 +86,10 @@ class PagePool:
                 slab = mapped(slab_pages(used + free) * self.page_bytes, on_cpu=self.device.type == "cpu")
                 free, added = free + slab // self.page_bytes, added + slab
             return added
+
+    def at_most(self, pages: int) -> int:
+        """Bytes that the slabs grow to while no more than `pages` are in use; at least what they have now."""
+        return max(self.nbytes, pool_bytes_at_most(pages, self.page_bytes, on_cpu=self.device.type == "cpu"))
 
     def is_shared(self, page: int) -> bool:
         return page in self._digests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 
 from kvfold.config import CacheSpec
@@ -33,6 +34,22 @@ def pool_bytes(pages: int, page_bytes: int, on_cpu: bool) -> int:
         rows += n * (slab // page_bytes)
         total += n * slab
     return total
+
+
+def pool_bytes_at_most(pages: int, page_bytes: int, on_cpu: bool) -> int:
+    """Bytes that a pool grows to while at most `pages` pages are in use, whatever is given back in between: it grows only
+    when no row is free."""
+    if not pages:
+        return 0
+    rows = pages - 1 + mapped(slab_pages(pages - 1) * page_bytes, on_cpu) // page_bytes
+    return rows * _row_bytes(page_bytes, on_cpu)
+
+
+@functools.cache
+def _row_bytes(page_bytes: int, on_cpu: bool) -> int:
+    """The most that a row takes of a slab of any size, mapping included."""
+    slabs = [mapped(n * page_bytes, on_cpu) for n in range(MIN_SLAB_PAGES, MAX_SLAB_PAGES + 1)]
+    return max(-(-slab // (slab // page_bytes)) for slab in slabs)
 
 
 def exact_bytes(spec: CacheSpec, kv_heads: int, values: int, dtype_bytes: int) -> int:

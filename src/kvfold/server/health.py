@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from kvfold.server import readings
 from kvfold.server.errors import ApiError
 from kvfold.server.service import service_of
 
@@ -13,9 +16,9 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/health")
-async def health() -> dict[str, str]:
-    """The process is alive."""
-    return {"status": "ok"}
+async def health(request: Request) -> dict[str, Any]:
+    """The process is alive; what runs, what waits, and the memory they have and need."""
+    return {"status": "ok", **readings.health(service_of(request).model)}
 
 
 @router.get("/ready")

@@ -29,6 +29,10 @@ def gauges(model: Model) -> Iterable[Reading]:
     running = len(model.scheduler.jobs) - model.scheduler.waiting
     yield "kvfold_cache_bytes", "Memory of the sessions' caches.", "kind", dict(report["memory_bytes_by_kind"])
     yield "kvfold_cache_limit_bytes", "What they may take.", "", {"": report["memory_limit_bytes"]}
+    promised = "What running requests may take beyond what they have."
+    yield "kvfold_promised_bytes", promised, "", {"": report["promised_bytes"]}
+    waiting = "What requests that wait need at most, each by itself."
+    yield "kvfold_waiting_bytes", waiting, "", {"": model.scheduler.waiting_bytes}
     reference = report["memory_reference_bytes"]
     yield "kvfold_cache_reference_bytes", "What 16 bits per value would take.", "", {"": reference}
     counts = {"all": "sessions", "memory": "sessions_in_memory", "use": "sessions_in_use"}
@@ -38,6 +42,21 @@ def gauges(model: Model) -> Iterable[Reading]:
     for name, text in FIDELITY.items():
         values = {str(x["layer"]): float(x[name]) for x in layers if name in x}
         yield f"kvfold_fidelity_{name}", text, "layer", values
+
+
+def health(model: Model) -> dict[str, dict[str, int]]:
+    """Requests and bytes, for who asks whether the server is well."""
+    report, scheduler = model.shelf.store.report(), model.scheduler
+    waiting = scheduler.waiting
+    return {
+        "requests": {"running": len(scheduler.jobs) - waiting, "waiting": waiting},
+        "memory": {
+            "limit_bytes": report["memory_limit_bytes"],
+            "used_bytes": report["memory_bytes"],
+            "promised_bytes": report["promised_bytes"],
+            "waiting_bytes": scheduler.waiting_bytes,
+        },
+    }
 
 
 def counters(model: Model) -> Iterable[Reading]:

@@ -64,7 +64,7 @@ class Service:
 
     def answer_tokens(self, prompt_tokens: int) -> int:
         """How long an answer may be when its request does not say."""
-        return max(1, min(self.default_tokens, self.model.max_context - prompt_tokens))
+        return max(1, min(self.default_tokens, self.model.room(prompt_tokens)))
 
 
 def slot_name(slot: int) -> str:

@@ -19,7 +19,7 @@ SEED_MASK = (1 << 63) - 1
 class Generation:
     """How to continue a prompt. Raises InvalidConfig that names the field.
 
-    max_tokens: at most so many new tokens; None: what the model's limit leaves. temperature 0 is greedy; top_p, top_k (0: off),
+    max_tokens: at most so many new tokens; None: what context and memory leave. temperature 0 is greedy; top_p, top_k (0: off),
     min_p narrow the draw. Penalties: `repetition` over prompt and answer, `presence` and `frequency` over the answer
     alone, subtracted from logits. logit_bias: token id to what is added to its logit. stop: strings that end the answer and
     are not part of it. seed: of the draws; None draws one. logprobs: how many alternatives to report per token; None

@@ -63,6 +63,7 @@ class Job:
         place: Place | None = None,
     ) -> None:
         self.prompt, self.generation, self.place = prompt, generation, place
+        self.need = 0  # bytes that it takes at most, alone
         self.channel, self.ready = channel, ready
         self.session: Session | None = None
         self.sampler = generation.sampler()
@@ -83,6 +84,11 @@ class Job:
         if self.session is None:
             raise KvfoldError("this job holds no session", "Wait until it is admitted")
         return self.session
+
+    @property
+    def most(self) -> int:
+        """Tokens of prompt and answer at most."""
+        return len(self.prompt) + (self.generation.max_tokens or 1)
 
     @property
     def usage(self) -> Usage:

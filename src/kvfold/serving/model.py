@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -74,16 +75,28 @@ class Model:
             raise BadPrompt("the prompt has no tokens", "Send some text")
         if max(max(prompt), max(generation.logit_bias, default=0)) >= self.vocabulary:
             raise InvalidConfig(f"a token id is beyond the vocabulary of {self.vocabulary}", "Use this model's ids")
-        room = self.max_context - len(prompt)
-        if (wanted := generation.max_tokens or 1) > room:
+        wanted = generation.max_tokens or 1
+        if len(prompt) + wanted > self.max_context:
             raise ContextTooLong(
                 f"the context ends at {self.max_context} tokens; the prompt has {len(prompt)}, {wanted} are to follow",
                 "Send a shorter prompt, or ask for fewer tokens",
             )
-        generation = replace(generation, max_tokens=generation.max_tokens or room)
+        if (need := self.shelf.need(len(prompt) + wanted, len(prompt))) > self.shelf.limit:
+            raise ContextTooLong(
+                f"a prompt of {len(prompt)} tokens and {wanted} to follow need {need:,} bytes of memory, and all requests "
+                f"together may take {self.shelf.limit:,}",
+                "Send a shorter prompt, ask for fewer tokens, or give the model more memory",
+            )
+        generation = replace(generation, max_tokens=generation.max_tokens or self.room(len(prompt)))
         job = Job(prompt, generation, self.tokenizer, channel, ready, place)
+        job.need = self.shelf.need(job.most, len(prompt))
         self.scheduler.submit(job)
         return job
+
+    def room(self, prompt: int) -> int:
+        """Tokens that can follow a prompt of so many: what the context leaves, or the memory if it leaves less; 0 or more."""
+        lengths = range(prompt + 1, self.max_context + 1)
+        return bisect.bisect_right(lengths, self.shelf.limit, key=lambda n: self.shelf.need(n, prompt))
 
     def stream(self, prompt: list[int], generation: Generation, place: Place | None = None) -> Stream:
         """An answer to token ids, for a reader in this or another thread. place: the session to keep both in."""

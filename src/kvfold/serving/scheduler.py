@@ -2,6 +2,9 @@
 
 A step is at most one call over a prompt, in turn for every prompt that is being read, and one decode step over all
 rows. So an answer never waits for more than one call, and a short prompt does not wait for a long one.
+
+A job starts when a row is free and memory for all that it may come to hold can be promised; until then it waits, and those
+behind it wait with it, so that none is overtaken for ever. What has started is never short of memory.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kvfold.errors import Draining, KvfoldError, ModelFailure, OutOfMemory, Overloaded
+from kvfold.errors import Draining, KvfoldError, ModelFailure, OutOfMemory, OverBudget, Overloaded
 from kvfold.serving.job import Channel, Job, Piece
 from kvfold.serving.shelf import Shelf
 from kvfold.sessions.batch import SessionBatch
@@ -32,7 +35,8 @@ MAX_RETRY_SECONDS = 60
 
 @dataclass(frozen=True)
 class Limits:
-    """max_rows: requests read and answered together. max_waiting: requests that may wait for a row."""
+    """max_rows: requests read and answered together. max_waiting: requests that may wait for a row or for
+    memory."""
 
     max_rows: int = 16
     max_waiting: int = 64
@@ -71,6 +75,7 @@ class Scheduler:
         # Of the model's thread alone:
         self._reading: deque[Job] = deque()
         self._answering: list[Job] = []
+        self._blocked: Job | None = None  # waits for memory until something leaves
         self._batch: SessionBatch | None = None
         self._written: dict[Channel, list[Job]] = {}
         self._thread = threading.Thread(target=self._run, name="kvfold-model", daemon=True)
@@ -125,8 +130,14 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Jobs without a row."""
+        """Jobs that have not started."""
         return len(self._waiting)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What they need at most, each by itself."""
+        with self._changed:
+            return sum(job.need for job in self._waiting)
 
     @property
     def jobs(self) -> list[Job]:
@@ -135,7 +146,9 @@ class Scheduler:
             return list(self._live)
 
     def _retry_seconds(self) -> int:
-        turns = len(self._waiting) / self.limits.max_rows
+        # Short of memory, no more run at a time than do now.
+        rows = self.limits.max_rows if self._blocked is None else self._running
+        turns = len(self._waiting) / max(1, rows)
         return min(MAX_RETRY_SECONDS, max(1, math.ceil(turns * self._seconds)))
 
     def _run(self) -> None:
@@ -160,16 +173,15 @@ class Scheduler:
             calls, self._calls = self._calls, []
             gone = [j for j in self._live if j.cancelled]
             self._waiting = deque(j for j in self._waiting if not j.cancelled)
-            free = self.limits.max_rows - len(self._reading) - len(self._answering)
-            new = [self._waiting.popleft() for _ in range(min(len(self._waiting), free))]
         for job in gone:
             self._finish(job, Piece(finish="cancelled"))
         if calls:
             self._part()
         for work, future in calls:
             _work(work, future)
-        for job in new:
-            self._guarded(self._admit, job)
+            self._blocked = None
+        while self._admit():
+            pass
         if self._reading:
             self._reading.rotate(-1)
             self._guarded(self._read, self._reading[-1])
@@ -183,8 +195,31 @@ class Scheduler:
         except (KvfoldError, MemoryError, torch.OutOfMemoryError) as error:
             self._finish(job, Piece(finish="error", error=_named(error)))
 
-    def _admit(self, job: Job) -> None:
-        job.session = self.shelf.open(job.prompt)
+    @property
+    def _running(self) -> int:
+        return len(self._reading) + len(self._answering)
+
+    def _admit(self) -> bool:
+        """Start the job that waited longest, if there is a row and memory for it; whether the next may be tried."""
+        with self._changed:
+            job = self._waiting[0] if self._waiting else None
+        if job is None or job is self._blocked or self._running >= self.limits.max_rows:
+            return False
+        self._guarded(self._open, job)
+        if job.session is None and job.finish is None:
+            self._blocked = job
+            return False
+        with self._changed:
+            self._waiting.popleft()
+        return True
+
+    def _open(self, job: Job) -> None:
+        try:
+            job.session = self.shelf.open(job.prompt, job.most)
+        except OverBudget:
+            if not self._running:
+                raise  # nobody will make room
+            return
         job.cached_tokens = len(job.session.tokens)
         self._reading.append(job)
 
@@ -252,6 +287,7 @@ class Scheduler:
             del self._live[job]
         session, job.session = job.session, None
         if session is not None:
+            self._blocked = None
             self.shelf.close(session, job.place if job.answer else None, job.text)
         self._seconds += (time.monotonic() - job.submitted - self._seconds) / 8
         self.meter.finished(job)
@@ -267,7 +303,7 @@ class Scheduler:
         for job in self.jobs:
             if job.session is not None:
                 self.shelf.discard(job.session)
-                job.session = None
+                job.session = self._blocked = None
                 self._finish(job, Piece(finish="error", error=_named(error)))
 
 

@@ -56,17 +56,27 @@ class Place:
 
 
 class Shelf:
-    """Everything but `rows` is called from the model's thread: `Scheduler.call` gets there from others."""
+    """Everything but `rows`, `need` and `limit` is called from the model's thread: `Scheduler.call` gets there from others."""
 
     def __init__(self, store: SessionStore) -> None:
         self.store = store
 
     # For requests
 
-    def open(self, tokens: Sequence[int]) -> Session:
-        """A session of the request's own that holds a beginning of `tokens`, all but one of them at most. What it was forked
-        from stays as it is, so that a request which comes to nothing costs nothing."""
-        return self.store.longest_prefix(tokens)
+    def open(self, tokens: Sequence[int], most: int) -> Session:
+        """A session of the request's own that holds a beginning of `tokens`, all but one of them at most, with room to go on
+        to `most`. What it was forked from stays as it is, so that a request which comes to nothing costs nothing. Raises
+        OverBudget if there is no room while others have theirs."""
+        return self.store.admit(tokens, most)
+
+    def need(self, tokens: int, prompt: int) -> int:
+        """Bytes that a request takes at most, alone: its prompt, and its answer up to `tokens` in all. From any thread."""
+        return self.store.budget.need(tokens, prompt)
+
+    @property
+    def limit(self) -> int:
+        """Bytes that all may take."""
+        return self.store.budget.limit
 
     def close(self, session: Session, place: Place | None, answer: str) -> None:
         """Take it back, under the name it is to have. What was of that name is forgotten."""

@@ -19,6 +19,24 @@ Tokens = NDArray[np.int32]
 
 
 @dataclass
+class Counts:
+    """What a store has done since it was made."""
+
+    lookups: int = 0
+    hits: int = 0
+    reused_tokens: int = 0
+    written_out: int = 0
+    dropped: int = 0
+    brought_back: int = 0
+
+    def look_up(self, found: int) -> None:
+        """A prompt was looked up, and so many of its tokens were found."""
+        self.lookups += 1
+        self.hits += found > 0
+        self.reused_tokens += found
+
+
+@dataclass
 class Entry:
     """tokens, ways (lengths it can be forked at) and nbytes: as of its last release. saved: what of it the disk holds."""
 

@@ -5,35 +5,23 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvfold.config import PAGE_TOKENS
-from kvfold.errors import CacheMisuse, InvalidConfig, SessionError, SessionExists, SessionNotFound
+from kvfold.errors import CacheMisuse, InvalidConfig, OverBudget, SessionError, SessionExists, SessionNotFound
 from kvfold.sessions import fingerprint
 from kvfold.sessions.budget import Budget, BudgetedRunner, parse_bytes
 from kvfold.sessions.content import Content
 from kvfold.sessions.disk import Disk, check_name
-from kvfold.sessions.entry import AUTOMATIC, Entry, Tokens, common_length
+from kvfold.sessions.entry import AUTOMATIC, Counts, Entry, Tokens, common_length
 from kvfold.sessions.manifest import Manifest
 from kvfold.sessions.session import Session
 
 WAYS_BACK = 4  # first and last call and two between: a long prompt's end is shared more often than its middle
-
-
-@dataclass
-class Counts:
-    """What a store has done since it was made."""
-
-    lookups: int = 0
-    hits: int = 0
-    reused_tokens: int = 0
-    written_out: int = 0
-    dropped: int = 0
-    brought_back: int = 0
 
 
 class SessionStore:
@@ -63,7 +51,7 @@ class SessionStore:
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._clock = 0
-        self.runner.budget = self._budget = Budget(limit, self.runner, self._lock, self._in_memory, self._free_one)
+        self.runner.budget = self.budget = Budget(limit, self.runner, self._lock, self._in_memory, self._free_one)
         if self.disk is not None:
             self.disk.claim()
             self._entries = {name: self._found(self.disk, name) for name in self.disk.names()}
@@ -79,7 +67,7 @@ class SessionStore:
     @property
     def nbytes(self) -> int:
         """Bytes that the sessions in memory take: every slab of pages, and at most what each has besides."""
-        return self._budget.nbytes
+        return self.budget.nbytes
 
     def sessions(self) -> list[dict[str, Any]]:
         """One row per session: name, tokens, bytes in memory (shared pages counted in each; of one on the disk, its files)
@@ -93,12 +81,13 @@ class SessionStore:
         """Sessions and bytes, and counts of what was looked up, found, written out and brought back."""
         with self._lock:
             entries = list(self._entries.values())
-            kinds = self._budget.kinds()
+            kinds = self.budget.kinds()
         return {
             "memory_bytes": sum(kinds.values()),
             "memory_bytes_by_kind": kinds,
-            "memory_reference_bytes": self._budget.reference_bytes,
-            "memory_limit_bytes": self._budget.limit,
+            "memory_reference_bytes": self.budget.reference_bytes,
+            "memory_limit_bytes": self.budget.limit,
+            "promised_bytes": self.budget.promised_bytes,
             "page_bytes": kinds["pages"],
             "sessions": len(entries),
             "sessions_in_memory": sum(e.session is not None for e in entries),
@@ -118,28 +107,51 @@ class SessionStore:
         return self._present(entry)
 
     def longest_prefix(self, tokens: Sequence[int]) -> Session:
-        """A session that holds the longest beginning of `tokens`, short of the last, that any session can be forked at: its
-        end or a checkpoint. It goes on as a fresh one fed in calls cut there. Empty if there is none. The caller's, without
-        a name of its own, until `release`."""
+        """The longest beginning of `tokens`, short of the last, that any session can be forked at: its end or a checkpoint.
+        It goes on as a fresh one fed in calls cut there; empty if there is none. The caller's until `release`."""
+        session = self._begun(np.asarray(tokens, np.int32), longest=True)
+        self.counts.look_up(len(session.tokens))
+        return session
+
+    def admit(self, tokens: Sequence[int], most: int) -> Session:
+        """`longest_prefix` with room promised to go on to `most` tokens: until it is released, its calls are not refused.
+        Raises OverBudget if that is more than what other sessions were promised leaves."""
         wanted = np.asarray(tokens, np.int32)
-        fork = self._fork_of(wanted)
+        way = max((e.way(wanted) for e in list(self._entries.values())), default=0)
+        self.budget.check(most, len(wanted), way)
+        try:
+            return self._promised(self._begun(wanted, longest=True), most, len(wanted))
+        except OverBudget:
+            if self.budget.promises:
+                raise
+        # What is shared may lie scattered over slabs that hold little else.
+        return self._promised(self._begun(wanted, longest=False), most, len(wanted))
+
+    def _promised(self, session: Session, most: int, prompt: int) -> Session:
+        try:
+            self.budget.promise(session, most, prompt)
+        except BaseException:
+            self.discard(session)
+            raise
+        self.counts.look_up(len(session.tokens))
+        return session
+
+    def _begun(self, wanted: Tokens, longest: bool) -> Session:
+        """A session in use that begins as `wanted`, or is empty."""
+        fork = self._fork_of(wanted) if longest else None
         with self._lock:
             # Where two prompts part, others will: the new session keeps a checkpoint there.
             shared = max((common_length(e.tokens, wanted) for e in self._entries.values()), default=0)
         if fork is None:
-            with self._budget.room(sessions=1):
+            with self.budget.room(sessions=1):
                 fork = Session(self.runner)
         fork.landmark = shared
-        with self._lock:
-            self.counts.lookups += 1
-            self.counts.hits += bool(fork.tokens)
-            self.counts.reused_tokens += len(fork.tokens)
         return self._enter(fork, AUTOMATIC + secrets.token_hex(8))
 
     def fork(self, session: Session, name: str) -> Session:
         """A fork of a session in use, under a name that is free; in use as well."""
         self._free_name(name)
-        with self._budget.room(sessions=1, checkpoints=len(session.checkpoints)):
+        with self.budget.room(sessions=1, checkpoints=len(session.checkpoints)):
             return self._enter(session.fork(), name)
 
     def rename(self, session: Session, name: str) -> None:
@@ -182,6 +194,7 @@ class SessionStore:
         session.share()
         with self._lock:
             entry = self._mine(session)
+            self.budget.forget(session)
             entry.note(session.tokens, {*session.checkpoints, len(session.tokens)}, session.nbytes)
             self._give_back(entry)
             idle = [e for e in self._entries.values() if e is not entry and e.automatic and not e.in_use]
@@ -193,6 +206,7 @@ class SessionStore:
         """Give up a session in use, as after a call that could not be taken back. What the disk has of it stays."""
         with self._lock:
             entry = self._mine(session)
+            self.budget.forget(session)
             entry.session, entry.in_use, entry.saved = None, False, None
             if not self._saved(entry.name):
                 del self._entries[entry.name]
@@ -299,7 +313,7 @@ class SessionStore:
     def _fork(self, entry: Entry, length: int) -> Session | None:
         """From memory, or straight from the disk, where the session itself then stays."""
         if entry.session is not None:
-            with self._budget.room(sessions=1):
+            with self.budget.room(sessions=1):
                 return entry.session.prefix(length)
         return self._read(self.disk.folder(entry.name), length) if self.disk is not None else None
 
@@ -362,14 +376,14 @@ class SessionStore:
     def _bring_back(self, name: str) -> Session:
         if self.disk is not None and self.disk.has(name):
             return self._read(self.disk.folder(name))
-        with self._budget.room(sessions=1):
+        with self.budget.room(sessions=1):
             return Session(self.runner)
 
     def _read(self, folder: Path, upto: int | None = None) -> Session:
         made = Manifest.read(folder) if upto is None else Manifest.read(folder).upto(upto)
         pages, checkpoints = -(-made.state.folded // PAGE_TOKENS), len(made.checkpoints)
         # A checkpoint is restored whole and then made compact.
-        with self._budget.room(pages, sessions=1 + min(1, checkpoints), checkpoints=checkpoints):
+        with self.budget.room(pages, sessions=1 + min(1, checkpoints), checkpoints=checkpoints):
             session = Session.restored(self.runner, folder, upto=upto)
         self.counts.brought_back += 1
         return session

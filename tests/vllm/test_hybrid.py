@@ -1,0 +1,86 @@
+"""A hybrid of Gated DeltaNet and attention layers in a real vLLM, random weights: its attention layers are folded, blocks of
+linear layers and of pages get one size."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import Run, prompt, run, step
+from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+VOCABULARY = 256
+PROMPTS = [[3 + x % (VOCABULARY - 3) for x in prompt(i, n)] for i, n in enumerate((70, 300, 900, 1500))]
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,  # vLLM's CPU kernels have no smaller ones
+    "linear_value_head_dim": 64,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights wide enough that the next token depends on all of the context."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(Qwen3NextConfig(**SIZES))
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if p.dim() == 2 and ("proj" in name or "lm_head" in name):
+                p.normal_(0, 0.15)
+    made.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def through(profile: str | None, model: Path, **options: Any) -> Run:
+    chosen = {"model": str(model), "dtype": "bfloat16", "skip_tokenizer_init": True, "max_num_batched_tokens": 512}
+    return run(profile, [step(*PROMPTS), step(*PROMPTS)], **chosen, **options)
+
+
+@functools.cache
+def expected(model: Path) -> Run:
+    return through(None, model, enable_prefix_caching=False)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_lossless_gives_the_tokens_of_stock(model: Path, caching: bool) -> None:
+    folded = through("lossless", model, enable_prefix_caching=caching)
+    assert folded.ids(0) == expected(model).ids(0)
+    assert (max(folded.cached(1)) > 0) == caching
+    if not caching:
+        assert folded.ids(1) == folded.ids(0)
+
+
+def test_packed_pages_run_without_prefix_caching(model: Path) -> None:
+    """More tokens fit, and a prompt that fills no page is answered as by stock."""
+    folded = through("balanced", model, enable_prefix_caching=False)
+    assert folded.engines == {"profile balanced, engine cpu"}
+    assert folded.ids(0) == folded.ids(1)
+    assert folded.ids(0)[0] == expected(model).ids(0)[0]
+    assert folded.tokens > 2 * expected(model).tokens
+
+
+def test_packed_pages_with_prefix_caching_are_refused(model: Path) -> None:
+    """vLLM hashes prefixes by the greatest common divisor of all blocks, and wants it to be whole pages."""
+    with pytest.raises(AssertionError, match="prefix-cache boundaries"):
+        through("balanced", model)
