@@ -1,6 +1,6 @@
-"""Decode step of a randomly initialised Llama-3.1-8B shape on one GPU: stock caches against folded ones.
+"""Decode step of a randomly initialised model on one GPU: stock caches against folded ones.
 
-Run: python bench/gpu/end_to_end.py [--out FOLDER] [--prefill] BxN[:CACHE,CACHE...] ... with CACHE one of stock (DynamicCache), static
+Run: python bench/gpu/end_to_end.py [--model llama-8b|qwen-4b] [--out FOLDER] [--prefill] BxN[:CACHE,CACHE...] ... with CACHE one of stock (DynamicCache), static
 (StaticCache), compiled (StaticCache, torch.compile with CUDA graphs), a profile, or PROFILE+graphs (kvfold.cuda_graphs). Writes
 gpu_end_to_end.csv. Without --prefill the context is random keys and values, stored or folded without running the model over it.
 step_mean_ms is the mean of STEPS steps, folds between them included; ratio is of means, against the stock cache of the same shape.
@@ -21,22 +21,35 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.cache_utils import LinearAttentionLayer
 
 import kvfold
 
 CHUNK = 8192  # tokens of a prefill call
 WARM, STEPS = 4, 128
 CACHES = "stock,balanced,turbo-3"
-FIELDS = ["date", "device", "torch", "transformers", "batch", "tokens", "cache", "context", "prefill_s", "step_ms", "step_mean_ms",
+# Llama-3.1-8B, and Qwen3.5-4B: a hybrid in which every fourth layer has keys and values.
+LLAMA: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0,
+}  # fmt: skip
+QWEN: dict[str, Any] = {
+    "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "head_dim": 256, "vocab_size": 248320, "max_position_embeddings": 262144, "full_attention_interval": 4,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+}  # fmt: skip
+MODELS = {"llama-8b": ("llama", LLAMA), "qwen-4b": ("qwen3_5_text", QWEN)}
+BEGINNING = 128  # tokens that a model with running states reads, so that it has some
+FIELDS = ["date", "device", "torch", "transformers", "model", "batch", "tokens", "cache", "context", "prefill_s", "step_ms", "step_mean_ms",
           "step_ms_max", "peak_gb", "cache_gb", "ratio", "logits_differ"]  # fmt: skip
 
 
 def fill(cache: Any, config: Any, batch: int, tokens: int) -> None:
     """The same random keys and values for every cache."""
     generator = torch.Generator("cuda").manual_seed(1)
-    shape = (batch, config.num_key_value_heads, min(tokens, CHUNK), config.hidden_size // config.num_attention_heads)
     for i, layer in enumerate(cache.layers):
-        for _ in range(0, tokens, CHUNK):
+        for at in range(0, 0 if isinstance(layer, LinearAttentionLayer) else tokens, CHUNK):
+            shape = (batch, config.num_key_value_heads, min(tokens - at, CHUNK), config.head_dim)
             k, v = (torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in "kv")
             if isinstance(cache, kvfold.FoldedCache):
                 layer.lazy_initialization(k, v)
@@ -60,7 +73,10 @@ def run(model: Any, cache: Any, batch: int, tokens: int, prefill: bool) -> tuple
         torch.cuda.synchronize()
         figures["prefill_s"] = time.perf_counter() - start
     else:
-        fill(cache, model.config, batch, tokens)
+        read = BEGINNING if any(isinstance(x, LinearAttentionLayer) for x in cache.layers) else 0
+        if read:
+            model(torch.arange(read, device="cuda").expand(batch, -1), past_key_values=cache, logits_to_keep=1)
+        fill(cache, model.config, batch, tokens - read)
     # Every cache is fed the same tokens: greedy choices of a random model part ways at once, and logits with them.
     steps, fed = [], torch.randint(0, model.config.vocab_size, (batch, WARM + STEPS), device="cuda")
     for i in range(WARM + STEPS):
@@ -102,14 +118,13 @@ def row(model: Any, kind: str, batch: int, tokens: int, prefill: bool) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=MODELS, default="llama-8b")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--prefill", action="store_true", help="run the model over the context")
     parser.add_argument("shapes", nargs="*", default=["1x32768"])
     args = parser.parse_args()
-    config = transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, max_position_embeddings=131072, rope_theta=500000.0, dtype="bfloat16",
-    )  # fmt: skip
+    family, sizes = MODELS[args.model]
+    config = transformers.AutoConfig.for_model(family, **sizes, dtype="bfloat16")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -133,7 +148,7 @@ def main() -> None:
                     figures["ratio"] = stock[0]["step_mean_ms"] / figures["step_mean_ms"]
                     figures["logits_differ"] = float((stock[1] - logits).norm() / stock[1].norm())
                 known = {"date": datetime.now(UTC).date(), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                         "transformers": transformers.__version__, "batch": batch, "tokens": tokens, "cache": kind,
+                         "transformers": transformers.__version__, "model": args.model, "batch": batch, "tokens": tokens, "cache": kind,
                          "context": "prefilled" if args.prefill else "random"}  # fmt: skip
                 out.writerow({**known, **{k: f"{v:.4g}" for k, v in figures.items()}})
                 file.flush()
