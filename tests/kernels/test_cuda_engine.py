@@ -208,7 +208,9 @@ def test_graph_replay_reads_new_tables() -> None:
     cuda, plain = engines(spec_of("3", "3"), 2, 128, torch.bfloat16)
     from kvfold.engine.cuda.arguments import sequence_words
 
-    store = torch.randint(0, 100, (40, cuda.page_bytes), dtype=torch.uint8, device=DEVICE)
+    # Vectors of a model's kind: random bytes would be scales so large that rounding decides which token is seen.
+    store = torch.zeros(40, cuda.page_bytes, dtype=torch.uint8, device=DEVICE)
+    cuda.fold(*(vectors(40, 2, 128, 128, dtype=torch.bfloat16).to(DEVICE) for _ in "kv"), False, list(store))
     pages = (torch.arange(40, device=DEVICE) * cuda.page_bytes + store.data_ptr()).flip(0).contiguous()
     x = [vectors(2, n, 128, dtype=torch.bfloat16).to(DEVICE) for n in (320, 320, 4, 4)]
     q, k, v = (vectors(1, h, 1, 128, dtype=torch.bfloat16).to(DEVICE) for h in (8, 2, 2))
