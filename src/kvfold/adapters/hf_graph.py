@@ -242,8 +242,7 @@ class Step:
             try:
                 for x in cache.folded_layers:
                     x.columns += 1
-                    for s in x.folded.sequences:
-                        s.advance()
+                    x.folded.advance()
                 self._check_finite()
                 for x in cache.folded_layers:
                     x.folded.fold_due()

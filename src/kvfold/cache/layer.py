@@ -210,10 +210,9 @@ class FoldedAttention:
         return self.engine.attend(replace(call, rows=rows))  # type: ignore[union-attr]
 
     def advance(self) -> None:
-        """Count one token in every row, which a kernel has put into the rings, and fold what is due."""
+        """Count one token in every row, which a kernel has put into the rings. Folds nothing: see `fold_due`."""
         for s in self.sequences:
             s.advance()
-        self.fold_due()
 
     def fold_due(self) -> None:
         """Fold the pages that have left the window. If a row fails, all stay as they are and it is still due."""
