@@ -140,7 +140,7 @@ FAMILIES = tuple(
         *("biogpt", "cohere2_moe", "dots1", "exaone_moe", "flint", "granitemoe_swa", "internlm3", "laguna", "mellum"),
         *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"),
         *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe"),
-        *("nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba2"),
+        *("nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba", "zamba2"),
     )
     if t in CONFIG_MAPPING
 )
@@ -148,7 +148,6 @@ FAMILIES = tuple(
 REFUSED = {
     **dict.fromkeys(("bloom", "falcon", "mpt", "xglm"), "does not let its attention implementation be chosen"),
     **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
-    **dict.fromkeys(("falcon_h1", "zamba2"), "unknown cache kind"),
 }
 FOLDING = tuple(f for f in FAMILIES if f not in REFUSED)
 

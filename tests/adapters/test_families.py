@@ -71,7 +71,7 @@ def test_doctor_tells_what_a_cache_does(family: str) -> None:
         assert all(not r["folds"] and re.search(REFUSED[family], r["why_not"]) for r in rows)
         return
     cache = kvfold.FoldedCache(make(family).config, "balanced")
-    folding = [type(x) is kvfold.adapters.hf_transformers.FoldedLayer for x in cache.layers]
+    folding = [isinstance(x, kvfold.adapters.hf_transformers.FoldedLayer) for x in cache.layers]
     assert [r["folds"] for r in rows] == folding
     assert all(bool(r["engine"]) == r["folds"] != bool(r["why_not"]) for r in rows)
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
 
@@ -154,15 +155,57 @@ class FoldedLayer(CacheLayerMixin):
         return other
 
 
+# Newer kinds of layers, which older versions have no name for.
+HybridWindowLayer = getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", LinearAttentionLayer)
+EmptyLayer = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)
+
+
+class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
+    """A layer with attention and a running state beside each other (Falcon-H1, Zamba 2): keys and values are folded, the
+    state is kept as transformers keeps it."""
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return LinearAttentionLayer.is_croppable.fget(self)  # type: ignore[attr-defined, no-any-return]
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of keys and values, or of the states, which come by name."""
+        if args:
+            FoldedLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def _select(self, rows: list[int]) -> None:
+        super()._select(rows)
+        for states in (self.conv_states, self.recurrent_states):
+            for i, x in states.items():
+                if x is not None:
+                    states[i] = x[torch.tensor(rows, device=x.device)]
+
+    def reset(self) -> None:
+        FoldedLayer.reset(self)
+        LinearAttentionLayer.__init__(self, self.number_of_states)
+
+    def fork(self, guard: CallGuard, compact: bool = False) -> FoldedHybridLayer:
+        other = super().fork(guard, compact)
+        for name, x in vars(self).items():
+            if isinstance(x, dict):
+                setattr(other, name, copy.deepcopy(x))
+        return other  # type: ignore[return-value]
+
+
 # Families whose attention reads what the cache returns in another way than through an attention function.
 CHANGES_KEYS = ("diffllama", "doge", "jetmoe")
 # Families of multi-head latent attention that the tests hold to the stock cache.
 LATENT = ("bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "minicpm3", "youtu")
+# What takes the place of which of transformers' layers.
+FOLDED = {DynamicLayer: FoldedLayer, LinearAttentionAndFullAttentionLayer: FoldedHybridLayer}
 # Layers of other kinds stay as transformers has them: their memory is bounded.
 STOCK_LAYERS = (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
-    getattr(cache_utils, "DummyLayer", LinearAttentionLayer),
+    HybridWindowLayer,
+    EmptyLayer,
 )
 
 
@@ -193,13 +236,13 @@ class FoldedCache(Cache):
         if not layers:
             raise InvalidConfig("this config describes no cache layers", "Pass the config of a decoder model")
         # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
-        counted = [i for i, x in enumerate(layers) if not isinstance(x, LinearAttentionLayer)]
+        counted = [i for i, x in enumerate(layers) if isinstance(x, CacheLayerMixin)]
         self.guard = CallGuard(counted[-1] if counted else -1)
         variant = variant_of(text.to_dict(), slides=False)
         own = self.spec.for_latents() if variant.latent else self.spec
         for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                layers[i] = FoldedLayer(own, i, backend, self.guard, variant)
+            if (kind := FOLDED.get(type(layer))) is not None:
+                layers[i] = kind(own, i, backend, self.guard, variant)
             elif type(layer) not in STOCK_LAYERS:
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         super().__init__(layers=layers)
@@ -244,9 +287,10 @@ class FoldedCache(Cache):
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, *args, **kwargs)
 
     def _enter_linear(self, layer: int, states: Tensor, part: str) -> None:
-        if layer < self.guard.last:
+        # In a last layer that has both, the state may come before attention, which ends the call, or after it.
+        if layer < self.guard.last or (layer == self.guard.last and self.guard.at >= 0):
             self._enter(layer, states, part)
-            self.guard.stored.add(layer)
+            self.guard.moved.add(layer)
 
     def rollback(self) -> None:
         """Drop the tokens of a call that failed half-way, where only some layers hold them.
@@ -258,14 +302,13 @@ class FoldedCache(Cache):
             if columns == 0:
                 self.reset()
                 return
-            stored = [(i, self.layers[i]) for i in self.guard.stored]
-            if any(isinstance(x, LinearAttentionLayer) for _, x in stored):
+            if self.guard.moved:
                 raise CannotTrim(
                     "a linear-attention layer has taken the unfinished call into its state",
                     "Continue from a fork made before the call, or reset() the cache and prefill again",
                 )
-            for i, x in stored:
-                if isinstance(x, FoldedLayer):
+            for i in self.guard.stored:
+                if isinstance(x := self.layers[i], FoldedLayer):
                     x.crop(columns - x.columns)
                 else:
                     vars(x).update(sliding[i])
@@ -289,10 +332,12 @@ class FoldedCache(Cache):
         self.guard.clear()
         for x in self.layers:
             # Stock layers would keep zeroed tensors of the old batch.
-            if isinstance(x, DynamicSlidingWindowLayer):
-                x.__init__(x.sliding_window)
-            elif isinstance(x, LinearAttentionLayer):
-                x.__init__(x.number_of_states)
+            if type(x) is DynamicSlidingWindowLayer:
+                x.__init__(x.sliding_window)  # type: ignore[misc]
+            elif type(x) is LinearAttentionLayer:
+                x.__init__(x.number_of_states)  # type: ignore[misc]
+            elif type(x) is HybridWindowLayer:
+                x.__init__(x.sliding_window, x.number_of_states)  # type: ignore[misc]
             else:
                 x.reset()
 
@@ -318,17 +363,22 @@ class FoldedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Every byte allocated for the context, of folded and of stock layers."""
-        return sum(x.folded.nbytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+        return sum(x.folded.nbytes for x in self.folded_layers) + self._stock_bytes
+
+    @property
+    def _stock_bytes(self) -> int:
+        """Of everything that is held as transformers holds it."""
+        return sum(_tensor_bytes(x) for x in self.layers)
 
     @property
     def used_bytes(self) -> int:
         """What this cache's own tokens need, where `nbytes` counts all of the pools that it shares with others."""
-        return sum(x.folded.used_bytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+        return sum(x.folded.used_bytes for x in self.folded_layers) + self._stock_bytes
 
     @property
     def unshared_bytes(self) -> int:
         """`used_bytes` without pages, which forks share."""
-        return sum(x.folded.exact_bytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+        return sum(x.folded.exact_bytes for x in self.folded_layers) + self._stock_bytes
 
     @property
     def reference_bytes(self) -> int:
@@ -344,7 +394,7 @@ class FoldedCache(Cache):
         layers = []
         for i, x in enumerate(self.layers):
             if isinstance(x, FoldedLayer):
-                layers.append(x.folded.report())
+                layers.append({**x.folded.report(), **_states(x)})
             else:
                 layers.append({"layer": i, "kind": type(x).__name__, "bytes": _tensor_bytes(x)})
         folded_bytes = sum(x.folded.nbytes for x in self.folded_layers)
@@ -359,6 +409,11 @@ class FoldedCache(Cache):
             **({} if model is None else {"weights_bytes": weights_bytes(model)}),
             "layers": layers,
         }
+
+
+def _states(layer: FoldedLayer) -> dict[str, int]:
+    """What a folded layer's row in a report has of the state beside it."""
+    return {"state_bytes": _tensor_bytes(layer)} if isinstance(layer, FoldedHybridLayer) else {}
 
 
 def _tensor_bytes(layer: Any) -> int:

@@ -167,7 +167,7 @@ def _layer(text: Config, kind: str, i: int, heads: int, hidden: int) -> Layer:
     slides = kind in ("sliding", "chunked", "hybrid_sliding")
     attention = _attention(text, i, heads, hidden, slides)
     if kind in ("hybrid", "hybrid_sliding"):
-        return Layer("hybrid", attention, running_state(text, hidden))
+        return Layer(kind, attention, running_state(text, hidden))
     return Layer(kind, attention)
 
 
