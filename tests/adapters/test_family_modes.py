@@ -59,7 +59,6 @@ def test_second_turns_read_new_tokens_only(family: str) -> None:
     model = make(family)
     ids = prompt(1, SESSION_TOKENS)
 
-
     def second(cache: Any) -> Tensor:
         model(ids[:, :-70], past_key_values=cache)
         return model(ids[:, -70:], past_key_values=cache).logits

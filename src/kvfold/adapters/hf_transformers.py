@@ -55,8 +55,16 @@ class FoldedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, spec: CacheSpec, layer: int, backend: str, guard: CallGuard, variant: Variant = PLAIN) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        spec: CacheSpec,
+        layer: int,
+        backend: str,
+        guard: CallGuard,
+        variant: Variant = PLAIN,
+        number_of_states: int = 0,
+    ) -> None:
+        super().__init__(**({"number_of_states": number_of_states} if number_of_states else {}))
         self.folded = FoldedAttention(spec, layer, functools.partial(make_engine, backend), variant)
         self.guard = guard
         self.columns = 0  # tokens of the batch as the host counts them: padding included
@@ -194,10 +202,19 @@ class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
         return other  # type: ignore[return-value]
 
 
-# Families whose attention reads what the cache returns in another way than through an attention function.
-CHANGES_KEYS = ("diffllama", "doge", "jetmoe")
 # Families of multi-head latent attention that the tests hold to the stock cache.
-LATENT = ("bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "minicpm3", "youtu")
+LATENT = (
+    *("axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "longcat_flash"),
+    *("minicpm3", "mistral4", "youtu"),
+)
+# Families that a folded cache cannot serve, and why: each would be silently wrong, or fail half-way through a call.
+NOT_FOLDED = {
+    **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
+    **dict.fromkeys(("inkling_text", "inkling2_text"), "adds a bias by position to its scores (position_bias)"),
+    "minimax": "makes a cache of its own kind",
+    "recurrent_gemma": "keeps running states in its modules, outside of caches",
+    **dict.fromkeys(("rwkv", "xlstm"), "keeps running states outside of caches of this kind"),
+}
 # What takes the place of which of transformers' layers.
 FOLDED = {DynamicLayer: FoldedLayer, LinearAttentionAndFullAttentionLayer: FoldedHybridLayer}
 # Layers of other kinds stay as transformers has them: their memory is bounded.
@@ -230,11 +247,16 @@ class FoldedCache(Cache):
             raise Unsupported(
                 f"{text.model_type} caches a latent (MLA) in a way that was not tested", "Use the stock cache"
             )
-        if text.model_type in CHANGES_KEYS:
-            raise Unsupported(f"{text.model_type} changes keys after caching them", "Use the stock cache for it")
+        if text.model_type in NOT_FOLDED:
+            raise Unsupported(f"{text.model_type} {NOT_FOLDED[text.model_type]}", "Use the stock cache for it")
         layers: list[Any] = DynamicCache(config=config).layers
         if not layers:
             raise InvalidConfig("this config describes no cache layers", "Pass the config of a decoder model")
+        if all(type(x) is LinearAttentionLayer for x in layers):
+            raise Unsupported(
+                f"no layer of this {text.model_type} keeps keys and values",
+                "There is nothing to fold: use its own cache",
+            )
         # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
         counted = [i for i, x in enumerate(layers) if isinstance(x, CacheLayerMixin)]
         self.guard = CallGuard(counted[-1] if counted else -1)
@@ -242,7 +264,8 @@ class FoldedCache(Cache):
         own = self.spec.for_latents() if variant.latent else self.spec
         for i, layer in enumerate(layers):
             if (kind := FOLDED.get(type(layer))) is not None:
-                layers[i] = kind(own, i, backend, self.guard, variant)
+                states = getattr(layer, "number_of_states", 0)
+                layers[i] = kind(own, i, backend, self.guard, variant, states)
             elif type(layer) not in STOCK_LAYERS:
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         super().__init__(layers=layers)
@@ -394,7 +417,7 @@ class FoldedCache(Cache):
         layers = []
         for i, x in enumerate(self.layers):
             if isinstance(x, FoldedLayer):
-                layers.append({**x.folded.report(), **_states(x)})
+                layers.append({**(row := x.folded.report()), **_with_states(x, row["bytes"])})
             else:
                 layers.append({"layer": i, "kind": type(x).__name__, "bytes": _tensor_bytes(x)})
         folded_bytes = sum(x.folded.nbytes for x in self.folded_layers)
@@ -411,9 +434,10 @@ class FoldedCache(Cache):
         }
 
 
-def _states(layer: FoldedLayer) -> dict[str, int]:
-    """What a folded layer's row in a report has of the state beside it."""
-    return {"state_bytes": _tensor_bytes(layer)} if isinstance(layer, FoldedHybridLayer) else {}
+def _with_states(layer: FoldedLayer, folded: int) -> dict[str, int]:
+    """What a folded layer's row in a report says of the state beside it."""
+    states = _tensor_bytes(layer)
+    return {"bytes": folded + states, "state_bytes": states} if isinstance(layer, FoldedHybridLayer) else {}
 
 
 def _tensor_bytes(layer: Any) -> int:
