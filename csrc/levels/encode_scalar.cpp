@@ -1,5 +1,6 @@
 // Trellis encoding in plain C++: eight lanes that a compiler may put into whatever registers there are.
-#include "viterbi.h"
+#include "simd_scalar.h"
+#include "trellis_fold.h"
 
 namespace kvfold {
 namespace {
@@ -22,7 +23,10 @@ struct Lanes {
     for (int i = 0; i < kLanes; ++i) p[i] = a.v[i];
   }
   static void store_bytes(std::uint8_t* p, const Reg& a) {
-    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::uint8_t>(a.v[i]);
+    for (int i = 0; i < kLanes; ++i) {
+      p[2 * i] = static_cast<std::uint8_t>(a.v[i]);
+      p[2 * i + 1] = static_cast<std::uint8_t>(a.v[i] >> 8);
+    }
   }
   static Reg set(std::uint16_t x) {
     return each([=](int) { return x; });
@@ -48,11 +52,28 @@ struct Lanes {
   static Reg shift(const Reg& a, int n) {
     return each([&](int i) { return a.v[i] >> n; });
   }
+  template <int kBits>
+  static Reg shift_left(const Reg& a) {
+    return each([&](int i) { return a.v[i] << kBits; });
+  }
+  template <int kBits>
+  static Reg shift_right(const Reg& a) {
+    return each([&](int i) { return a.v[i] >> kBits; });
+  }
+  static Reg bit_and(const Reg& a, const Reg& b) {
+    return each([&](int i) { return a.v[i] & b.v[i]; });
+  }
+  static Reg bit_or(const Reg& a, const Reg& b) {
+    return each([&](int i) { return a.v[i] | b.v[i]; });
+  }
+  static Reg and_not(const Reg& a, const Reg& b) {
+    return each([&](int i) { return a.v[i] & ~b.v[i]; });
+  }
   static Reg where_less(const Reg& a, const Reg& b, const Reg& yes, const Reg& no) {
     return each([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
   }
 };
 
 }  // namespace
-const Viterbi kViterbiScalar = {Lanes::kLanes, viterbi<Lanes>};
+const TrellisEncoder kEncodeScalar = {Lanes::kLanes, search_task<Lanes>, fold_trellis<SimdScalar, Lanes>};
 }  // namespace kvfold
