@@ -50,7 +50,10 @@ def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torc
 def _side(spec: SideSpec, dim: int) -> library.Side:
     side = library.Side(scale_rule=library.SCALE_RULES.index(spec.scale))
     if spec.codec == "trellis":
-        side.trellis, side.search = ctypes.pointer(trellis.reader(spec.bits)), ctypes.pointer(trellis.search(code(spec.bits)))
+        side.trellis, side.search = (
+            ctypes.pointer(trellis.reader(spec.bits)),
+            ctypes.pointer(trellis.search(code(spec.bits))),
+        )
         side.step = code(spec.bits).step
         return side
     book = table(spec.codec, int(spec.bits), dim)

@@ -1,4 +1,4 @@
-"""The native library: where it lies, whether it loads, which SIMD levels it has. Mirrors csrc/kvfold_cpu.h and csrc/kvfold_trellis.h."""
+"""The native library: where it lies, whether it loads, which SIMD levels it has. Mirrors the headers of csrc/."""
 
 from __future__ import annotations
 

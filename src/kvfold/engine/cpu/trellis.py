@@ -53,10 +53,16 @@ def viterbi(x: Tensor, book: Code, level: str | None = None) -> tuple[Tensor, Te
 
 
 @functools.cache
+def _indices(book: Code) -> tuple[list[int], list[NDArray[np.uint8]]]:
+    """The different levels of a code, and per phase the place of every window's level among them."""
+    levels, place = np.unique(np.array(book.levels), return_inverse=True)
+    return levels.tolist(), [np.ascontiguousarray(place[i], np.uint8) for i in book.index]
+
+
+@functools.cache
 def search(book: Code) -> library.Trellis:
     """What the native library searches a code with. Kept, since the library borrows it."""
-    levels, place = np.unique(np.array(book.levels), return_inverse=True)  # a level that several indices name, once
-    index = [np.ascontiguousarray(place[i], np.uint8) for i in book.index]
+    levels, index = _indices(book)
     out = library.Trellis(
         period=book.period,
         levels=len(levels),
@@ -68,8 +74,7 @@ def search(book: Code) -> library.Trellis:
     )
     out.width[: book.period] = book.widths
     out.index[: book.period] = [i.ctypes.data for i in index]
-    out.level[: len(levels)] = [int(v) * book.grid for v in levels]
-    out.kept = index
+    out.level[: len(levels)] = [v * book.grid for v in levels]
     return out
 
 
