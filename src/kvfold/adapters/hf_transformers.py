@@ -174,7 +174,7 @@ class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        return LinearAttentionLayer.is_croppable.fget(self)  # type: ignore[attr-defined, no-any-return]
+        return LinearAttentionLayer.is_croppable.fget(self)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Of keys and values, or of the states, which come by name."""
@@ -199,7 +199,7 @@ class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
         for name, x in vars(self).items():
             if isinstance(x, dict):
                 setattr(other, name, copy.deepcopy(x))
-        return other  # type: ignore[return-value]
+        return other
 
 
 # Families of multi-head latent attention that the tests hold to the stock cache.
@@ -356,11 +356,11 @@ class FoldedCache(Cache):
         for x in self.layers:
             # Stock layers would keep zeroed tensors of the old batch.
             if type(x) is DynamicSlidingWindowLayer:
-                x.__init__(x.sliding_window)  # type: ignore[misc]
+                x.__init__(x.sliding_window)
             elif type(x) is LinearAttentionLayer:
-                x.__init__(x.number_of_states)  # type: ignore[misc]
+                x.__init__(x.number_of_states)
             elif type(x) is HybridWindowLayer:
-                x.__init__(x.sliding_window, x.number_of_states)  # type: ignore[misc]
+                x.__init__(x.sliding_window, x.number_of_states)
             else:
                 x.reset()
 
