@@ -15,6 +15,7 @@ def test_a_short_load_test() -> None:
     assert figures["requests"] >= 3
     assert figures["tokens_per_s"] > 0
     assert figures["fresh_over_reuse"] > 1
+    assert figures["equal_answers"] == 10
     assert 0 < figures["inter_token_p50_ms"] <= figures["inter_token_p99_ms"]
 
 

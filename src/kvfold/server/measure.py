@@ -49,8 +49,9 @@ class Target:
     pid: int
     model: str
 
-    def ask(self, prompt: list[int], tokens: int, seen: Seen) -> None:
-        """One streamed completion. Raises OSError, HTTPException, EvaluationError."""
+    def ask(self, prompt: list[int], tokens: int, seen: Seen, **more: Any) -> list[Any]:
+        """One streamed completion; its tokens' log-probabilities, if `more` asks for them. more: other parameters. Raises
+        OSError, HTTPException, EvaluationError."""
         body = {
             "model": self.model,
             "prompt": prompt,
@@ -59,7 +60,9 @@ class Target:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **more,
         }
+        logprobs: list[Any] = []
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=CLIENT_SECONDS)
         latest = began = time.perf_counter()
         try:
@@ -69,11 +72,15 @@ class Target:
                 if data["choices"] and data["choices"][0].get("text"):
                     (seen.firsts if latest == began else seen.gaps).append(now - latest)
                     latest = now
+                if data["choices"] and data["choices"][0].get("logprobs"):
+                    told = data["choices"][0]["logprobs"]
+                    logprobs += zip(told["tokens"], told["token_logprobs"], strict=True)
                 if data.get("usage"):
                     seen.tokens += data["usage"]["completion_tokens"]
         finally:
             connection.close()
         seen.requests += 1
+        return logprobs
 
     @property
     def resident_bytes(self) -> int:
@@ -140,15 +147,25 @@ def speed(target: Target, clients: int, text: list[int]) -> float:
 
 
 def reuse(target: Target, document: list[int], text: list[int]) -> dict[str, float]:
-    """Seconds for questions over one document, and for the same with documents that differ in their first token."""
-    seconds = []
-    for change in (0, 1):
+    """Seconds for questions over one document, for the same with all of it read again for each, and how many of the answers
+    have the same tokens and log-probabilities to the last digit."""
+    seconds, answers = [], []
+    for cached in (True, False):
         began = time.perf_counter()
         for i in range(QUESTIONS):
-            question = text[50 * i : 50 * i + QUESTION_TOKENS]
-            target.ask([3 + change * (i + 1), *document[1:], *question], REPLY_TOKENS, Seen())
+            # The first token sets it apart from texts that were read before.
+            prompt = [3, *document[1:], *text[50 * i : 50 * i + QUESTION_TOKENS]]
+            answers.append(target.ask(prompt, REPLY_TOKENS, Seen(), cache_prompt=cached, logprobs=1))
         seconds.append(time.perf_counter() - began)
-    return {"reuse_seconds": seconds[0], "fresh_seconds": seconds[1], "fresh_over_reuse": seconds[1] / seconds[0]}
+    equal = sum(
+        len(a) == REPLY_TOKENS and a == b for a, b in zip(answers[:QUESTIONS], answers[QUESTIONS:], strict=True)
+    )
+    return {
+        "reuse_seconds": seconds[0],
+        "fresh_seconds": seconds[1],
+        "fresh_over_reuse": seconds[1] / seconds[0],
+        "equal_answers": equal,
+    }
 
 
 def crowd(target: Target, clients: int, seconds: float, text: list[int]) -> dict[str, Any]:
