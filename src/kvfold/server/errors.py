@@ -102,8 +102,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
     where = [str(x) for x in first["loc"][1:] if str(x).isidentifier() or str(x).isdigit()]
     for at, field in enumerate(where[:-1]):
         if where[at + 1] in BRANCHES and field in CHOICES:  # none of the shapes it can have
-            name = ".".join(where[: at + 1])
-            return ApiError(400, "invalid_value", f"{name}: use {CHOICES[field]}", name)
+            whole = ".".join(where[: at + 1])
+            return ApiError(400, "invalid_value", f"{whole}: use {CHOICES[field]}", whole)
     name = ".".join(where) or None
     if first["type"] == "model_attributes_type" and name is None:
         return ApiError(400, "invalid_value", "the body is not a JSON object sent with Content-Type: application/json")

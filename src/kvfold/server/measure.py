@@ -124,7 +124,7 @@ def serving(source: str, profile: str, memory: str) -> Iterator[Target]:
         process.wait()
 
 
-def together(works: list[Callable[[], None]]) -> float:
+def together(works: list[Callable[[], object]]) -> float:
     """Seconds until all are done, each in a thread of its own."""
     threads = [threading.Thread(target=w) for w in works]
     began = time.perf_counter()
@@ -139,7 +139,7 @@ def speed(target: Target, clients: int, text: list[int]) -> float:
     """Tokens per second over all clients, short prompts included."""
     seen = [Seen() for _ in range(clients)]
 
-    def work(i: int) -> Callable[[], None]:
+    def work(i: int) -> Callable[[], object]:
         return lambda: target.ask(text[100 * i : 100 * i + 64], SPEED_TOKENS, seen[i])
 
     seconds = together([work(i) for i in range(clients)])
