@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +16,7 @@ from kvfold.serving.scheduler import Limits
 from kvfold.serving.shelf import Keep
 
 CLIENTS, TURNS, TOKENS = 16, 3, 12
+TIE = 0.05  # nats
 MEMORY = 24 << 20  # of three or four of these requests at once
 
 
@@ -28,10 +28,10 @@ def prompt(client: int, turn: int) -> list[int]:
     ]
 
 
-def ask(url: str, client: int, turn: int, refused: list[int]) -> dict[str, Any]:
-    """An answer, after as many refusals as it takes; what it holds beside id and date."""
+def ask(url: str, client: int, turn: int, refused: list[int]) -> list[dict[str, float]]:
+    """Of each token of an answer, after as many refusals as it takes: the two likeliest, the chosen one first."""
     body = {"model": DEMO, "prompt": prompt(client, turn), "max_tokens": TOKENS, "ignore_eos": True}
-    body |= {"temperature": 0, "session": f"client-{client}"}
+    body |= {"temperature": 0, "session": f"client-{client}", "logprobs": 2}
     while (got := httpx.post(url + "/v1/completions", json=body, timeout=300)).status_code != 200:
         error = got.json()["error"]
         assert (got.status_code, error["code"]) in ((429, "rate_limit_exceeded"), (503, "out_of_memory")), error
@@ -40,7 +40,18 @@ def ask(url: str, client: int, turn: int, refused: list[int]) -> dict[str, Any]:
         time.sleep(0.5)
     answer = got.json()
     assert answer["usage"]["completion_tokens"] == TOKENS
-    return {"choices": answer["choices"]}
+    assert answer["choices"][0]["finish_reason"] == "length"
+    return answer["choices"][0]["logprobs"]["top_logprobs"]
+
+
+def alike(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
+    """Whether two answers have the same tokens, up to where two were about as likely: a batch of other size, or a prompt cut
+    at another place, rounds otherwise."""
+    for x, y in zip(a, b, strict=True):
+        if next(iter(x)) != next(iter(y)):
+            first, second = x.values()
+            return first - second < TIE
+    return True
 
 
 def lengths(r: Running) -> dict[str, int]:
@@ -60,7 +71,7 @@ def test_sixteen_clients_in_memory_for_four(loaded: Loaded, tmp_path: Path) -> N
     turns = [(c, t) for c in range(CLIENTS) for t in range(TURNS)]
     with running(loaded, keep=Keep("1GiB")) as r:
         alone = {x: ask(r.url, *x, refused=[]) for x in turns}
-    got: dict[tuple[int, int], dict[str, Any]] = {}
+    got: dict[tuple[int, int], list[dict[str, float]]] = {}
     refused: list[int] = []
     seen: list[dict[str, int]] = []
     with running(loaded, keep=Keep(MEMORY, tmp_path), limits=Limits(max_waiting=6)) as r:
@@ -76,7 +87,11 @@ def test_sixteen_clients_in_memory_for_four(loaded: Loaded, tmp_path: Path) -> N
         end = time.monotonic() + 400
         together([look, *map(talk, range(CLIENTS))])
         held = lengths(r)
-    assert got == alone
+    assert all(alike(alone[x], got[x]) for x in turns)
+    assert (
+        sum([*map(next, map(iter, a))] == [*map(next, map(iter, b))] for a, b in ((alone[x], got[x]) for x in turns))
+        > 40
+    )
     assert 429 in refused
     assert all(m["used_bytes"] <= m["used_bytes"] + m["promised_bytes"] <= m["limit_bytes"] == MEMORY for m in seen)
     assert max(m["promised_bytes"] for m in seen) > 0

@@ -141,6 +141,8 @@ def test_messages_come_back_after_a_restart_and_so_do_pages(loaded: Loaded, tmp_
     said = first["choices"][0]["message"]
     with running(loaded, keep=Keep("200MB", tmp_path)) as r:
         talk = httpx.get(r.url + "/sessions/talk").json()
+        assert httpx.post(r.url + "/sessions/talk/save").json()["tokens"] == talk["tokens"]
+        assert not talk["in_memory"]  # neither looking nor saving brings it back
         assert talk["messages"] == [*BEFORE * 20, {"role": "assistant", "content": said["content"]}]
         body["messages"] = [*talk["messages"], *BEFORE]
         second = httpx.post(r.url + "/v1/chat/completions", json=body, timeout=60).json()

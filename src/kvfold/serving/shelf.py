@@ -115,13 +115,14 @@ class Shelf:
 
     def messages(self, name: str) -> list[Message]:
         """Those its prompt was made of, and the answer; empty if it was made of plain text."""
-        with self._opened(name) as session:
-            return list(session.notes.get(MESSAGES, ()))
+        self.row(name)
+        return list(self.store.notes(name).get(MESSAGES, ()))
 
     def save(self, name: str) -> dict[str, Any]:
         """When this returns, the session is on the disk. Raises SessionNotFound, StorageFailed, InvalidConfig without disk."""
-        with self._opened(name) as session:
-            self.store.commit(session)
+        if self.row(name)["in_memory"] or self.store.disk is None:  # what was written out is there
+            with self._opened(name) as session:
+                self.store.commit(session)
         return self.row(name)
 
     def restore(self, name: str) -> dict[str, Any]:

@@ -105,6 +105,17 @@ class SessionStore:
             **vars(self.counts),
         }
 
+    def notes(self, name: str) -> dict[str, Any]:
+        """What its owner keeps with a session; of one on the disk, without bringing it back. Raises SessionNotFound,
+        DamagedSession."""
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                raise SessionNotFound(f"no session {name!r}", "See the names there are")
+            if entry.session is not None:
+                return entry.session.notes
+        return Manifest.read(self.disk.folder(name)).notes if self.disk is not None else {}
+
     # Using
 
     def open(self, name: str) -> Session:
