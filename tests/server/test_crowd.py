@@ -44,14 +44,14 @@ def ask(url: str, client: int, turn: int, refused: list[int]) -> list[dict[str, 
     return answer["choices"][0]["logprobs"]["top_logprobs"]
 
 
-def alike(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
-    """Whether two answers have the same tokens, up to where two were about as likely: a batch of other size, or a prompt cut
-    at another place, rounds otherwise."""
+def gap(a: list[dict[str, float]], b: list[dict[str, float]]) -> float:
+    """By how much the likelier of two tokens led where two answers part; 0 where they do not. A batch of other size, or a prompt
+    that is cut elsewhere, rounds otherwise."""
     for x, y in zip(a, b, strict=True):
         if next(iter(x)) != next(iter(y)):
             first, second = x.values()
-            return first - second < TIE
-    return True
+            return first - second
+    return 0.0
 
 
 def lengths(r: Running) -> dict[str, int]:
@@ -87,11 +87,9 @@ def test_sixteen_clients_in_memory_for_four(loaded: Loaded, tmp_path: Path) -> N
         end = time.monotonic() + 400
         together([look, *map(talk, range(CLIENTS))])
         held = lengths(r)
-    assert all(alike(alone[x], got[x]) for x in turns)
-    assert (
-        sum([*map(next, map(iter, a))] == [*map(next, map(iter, b))] for a, b in ((alone[x], got[x]) for x in turns))
-        > 40
-    )
+    gaps = {x: g for x in turns if (g := gap(alone[x], got[x]))}
+    assert len(gaps) <= 4, gaps
+    assert max(gaps.values(), default=0) < TIE, gaps
     assert 429 in refused
     assert all(m["used_bytes"] <= m["used_bytes"] + m["promised_bytes"] <= m["limit_bytes"] == MEMORY for m in seen)
     assert max(m["promised_bytes"] for m in seen) > 0

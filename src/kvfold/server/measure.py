@@ -83,6 +83,16 @@ class Target:
         return logprobs
 
     @property
+    def cache_bytes(self) -> dict[str, int]:
+        """What its caches take, what running requests were promised beyond that, and the limit, by /health."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=CLIENT_SECONDS)
+        try:
+            connection.request("GET", "/health")
+            return json.loads(connection.getresponse().read())["memory"]
+        finally:
+            connection.close()
+
+    @property
     def resident_bytes(self) -> int:
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) * 1024
@@ -172,6 +182,7 @@ def crowd(target: Target, clients: int, seconds: float, text: list[int]) -> dict
     """So many clients, each with one request after the other: new prompts and such that go on from an earlier one."""
     seen, end = [Seen() for _ in range(clients)], time.monotonic() + seconds
     memory: list[int] = []
+    caches: list[dict[str, int]] = []
 
     def client(i: int) -> Callable[[], None]:
         def work() -> None:
@@ -190,6 +201,7 @@ def crowd(target: Target, clients: int, seconds: float, text: list[int]) -> dict
     def watch() -> None:
         while time.monotonic() < end:
             memory.append(target.resident_bytes)
+            caches.append(target.cache_bytes)
             time.sleep(0.5)
 
     wall = together([watch, *map(client, range(clients))])
@@ -211,6 +223,9 @@ def crowd(target: Target, clients: int, seconds: float, text: list[int]) -> dict
         "resident_bytes_first_two_thirds": settled,
         "resident_bytes_last_third": late,
         "resident_growth": late / settled - 1,
+        "cache_limit_bytes": caches[0]["limit_bytes"],
+        "most_cache_bytes": max(x["used_bytes"] for x in caches),
+        "most_promised_bytes": max(x["used_bytes"] + x["promised_bytes"] for x in caches),
     }
 
 
