@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,8 +16,9 @@ from kvfold.loading import DEMO, Loaded
 from kvfold.serving.scheduler import Limits
 from kvfold.serving.shelf import Keep
 
+Answer = dict[str, Any]  # OpenAI's logprobs of a completion
 CLIENTS, TURNS, TOKENS = 16, 3, 12
-TIE = 0.05  # nats
+TIE = 0.25  # nats; a step of a bfloat16 logit is .0625
 MEMORY = 24 << 20  # of three or four of these requests at once
 
 
@@ -28,8 +30,8 @@ def prompt(client: int, turn: int) -> list[int]:
     ]
 
 
-def ask(url: str, client: int, turn: int, refused: list[int]) -> list[dict[str, float]]:
-    """Of each token of an answer, after as many refusals as it takes: the two likeliest, the chosen one first."""
+def ask(url: str, client: int, turn: int, refused: list[int]) -> Answer:
+    """An answer's tokens, and the two likeliest at each place, after as many refusals as it takes."""
     body = {"model": DEMO, "prompt": prompt(client, turn), "max_tokens": TOKENS, "ignore_eos": True}
     body |= {"temperature": 0, "session": f"client-{client}", "logprobs": 2}
     while (got := httpx.post(url + "/v1/completions", json=body, timeout=300)).status_code != 200:
@@ -41,17 +43,17 @@ def ask(url: str, client: int, turn: int, refused: list[int]) -> list[dict[str, 
     answer = got.json()
     assert answer["usage"]["completion_tokens"] == TOKENS
     assert answer["choices"][0]["finish_reason"] == "length"
-    return answer["choices"][0]["logprobs"]["top_logprobs"]
+    return answer["choices"][0]["logprobs"]
 
 
-def gap(a: list[dict[str, float]], b: list[dict[str, float]]) -> float:
-    """By how much the likelier of two tokens led where two answers part; 0 where they do not. A batch of other size, or a prompt
-    that is cut elsewhere, rounds otherwise."""
-    for x, y in zip(a, b, strict=True):
-        if next(iter(x)) != next(iter(y)):
-            first, second = x.values()
-            return first - second
-    return 0.0
+def gap(a: Answer, b: Answer) -> float | None:
+    """By how much the likelier of two tokens led where two answers part; None where they do not. A batch of other size, or a
+    prompt that is cut elsewhere, rounds otherwise."""
+    for x, y, likely in zip(a["tokens"], b["tokens"], a["top_logprobs"], strict=True):
+        if x != y:
+            first, second = likely.values()
+            return abs(first - second)
+    return None
 
 
 def lengths(r: Running) -> dict[str, int]:
@@ -71,7 +73,7 @@ def test_sixteen_clients_in_memory_for_four(loaded: Loaded, tmp_path: Path) -> N
     turns = [(c, t) for c in range(CLIENTS) for t in range(TURNS)]
     with running(loaded, keep=Keep("1GiB")) as r:
         alone = {x: ask(r.url, *x, refused=[]) for x in turns}
-    got: dict[tuple[int, int], list[dict[str, float]]] = {}
+    got: dict[tuple[int, int], Answer] = {}
     refused: list[int] = []
     seen: list[dict[str, int]] = []
     with running(loaded, keep=Keep(MEMORY, tmp_path), limits=Limits(max_waiting=6)) as r:
@@ -87,7 +89,7 @@ def test_sixteen_clients_in_memory_for_four(loaded: Loaded, tmp_path: Path) -> N
         end = time.monotonic() + 400
         together([look, *map(talk, range(CLIENTS))])
         held = lengths(r)
-    gaps = {x: g for x in turns if (g := gap(alone[x], got[x]))}
+    gaps = {x: g for x in turns if (g := gap(alone[x], got[x])) is not None}
     assert len(gaps) <= 4, gaps
     assert max(gaps.values(), default=0) < TIE, gaps
     assert 429 in refused

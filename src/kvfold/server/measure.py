@@ -156,24 +156,23 @@ def speed(target: Target, clients: int, text: list[int]) -> float:
     return sum(s.tokens for s in seen) / seconds
 
 
-def reuse(target: Target, document: list[int], text: list[int]) -> dict[str, float]:
-    """Seconds for questions over one document, for the same with all of it read again for each, and how many of the answers
-    have the same tokens and log-probabilities to the last digit."""
+def reuse(target: Target, document: list[int], text: list[int], fresh: int) -> dict[str, float]:
+    """Seconds for questions over one document, and for the first `fresh` of them with all of it read again for each; as a ratio,
+    per question. equal_answers: how many of those have the same tokens and log-probabilities to the last digit."""
     seconds, answers = [], []
-    for cached in (True, False):
+    for cached, questions in ((True, QUESTIONS), (False, fresh)):
         began = time.perf_counter()
-        for i in range(QUESTIONS):
+        for i in range(questions):
             # The first token sets it apart from texts that were read before.
             prompt = [3, *document[1:], *text[50 * i : 50 * i + QUESTION_TOKENS]]
             answers.append(target.ask(prompt, REPLY_TOKENS, Seen(), cache_prompt=cached, logprobs=1))
         seconds.append(time.perf_counter() - began)
-    equal = sum(
-        len(a) == REPLY_TOKENS and a == b for a, b in zip(answers[:QUESTIONS], answers[QUESTIONS:], strict=True)
-    )
+    equal = sum(len(a) == REPLY_TOKENS and a == b for a, b in zip(answers, answers[QUESTIONS:], strict=False))
     return {
         "reuse_seconds": seconds[0],
+        "fresh_questions": fresh,
         "fresh_seconds": seconds[1],
-        "fresh_over_reuse": seconds[1] / seconds[0],
+        "fresh_over_reuse": seconds[1] / fresh * QUESTIONS / seconds[0],
         "equal_answers": equal,
     }
 
@@ -229,13 +228,15 @@ def crowd(target: Target, clients: int, seconds: float, text: list[int]) -> dict
     }
 
 
-def run(source: str, profile: str, minutes: float, clients: int, document: int, memory: str) -> dict[str, Any]:
+def run(
+    source: str, profile: str, minutes: float, clients: int, document: int, memory: str, fresh: int = QUESTIONS
+) -> dict[str, Any]:
     """The `load-test` command's figures. memory: of the server's caches; flat memory needs one that fills early."""
     text = stream(haystack(), load(source).tokenizer)
     with serving(source, profile, memory) as target:
         target.ask(text[:300], 8, Seen())  # the first calls of a model are slow
         one, batched = speed(target, 1, text), speed(target, BATCH, text)
-        reused = reuse(target, text[:document], text[-2000:])
+        reused = reuse(target, text[:document], text[-2000:], fresh)
         seen = crowd(target, clients, 60 * minutes, text)
     return {
         "profile": profile,
