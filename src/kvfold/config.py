@@ -26,7 +26,7 @@ CODEC_BITS: dict[str, tuple[float, ...]] = {
     "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
 }
 SCALED_CODECS = ("mse", "uniform", "split", "trellis")
-SEARCHED_CODECS = ("mse", "uniform", "split")
+SEARCHED_CODECS = ("mse", "uniform", "split", "trellis")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class SideSpec:
     codec: one of CODEC_BITS. bits: nominal width per value (scales not counted, except in `split` and `polar`, whose
     names count everything). scale: how one stored scale per vector is chosen (SCALED_CODECS only): `norm` keeps
     the vector's length times the codebook (paper), `unbiased` makes <x, x_hat> = |x|^2, `least-squares` minimises the
-    error, `match` makes |x_hat| = |x|. search: how many codebook grids the encoder tries per vector, 1 or 3.
+    error, `match` makes |x_hat| = |x|. search: how many codebook grids the encoder tries per vector, 1 or 3; `trellis`
+    searches its paths once for each.
     rotation: `hadamard` (seeded signs) or `dense` (paper). sketch: the matrix whose signs `prod` and `qjl` keep:
     `gaussian` (paper), or `orthogonal`, unbiased too and of less variance.
     """
@@ -61,7 +62,7 @@ class SideSpec:
         ):
             raise InvalidConfig(
                 f"search {self.search} does not go with codec {self.codec!r} and scale {self.scale!r}",
-                "Use 1, or 3 with codec 'mse' or 'uniform' and a scale other than 'norm'",
+                "Use 1, or 3 with codec 'trellis', 'mse' or 'uniform' and a scale other than 'norm'",
             )
         if self.codec == "trellis" and self.rotation != "hadamard":
             raise InvalidConfig("codec 'trellis' has no dense rotation", "Use rotation 'hadamard'")
