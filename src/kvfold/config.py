@@ -29,6 +29,9 @@ SCALED_CODECS = ("mse", "uniform", "split", "trellis")
 SEARCHED_CODECS = ("mse", "uniform", "split", "trellis")
 
 
+TUNED = "tuned"  # its bits are an average over channels that a basis names
+
+
 @dataclass(frozen=True)
 class SideSpec:
     """How keys, or values, are folded.
@@ -39,7 +42,8 @@ class SideSpec:
     error, `match` makes |x_hat| = |x|. search: how many codebook grids the encoder tries per vector, 1 or 3; `trellis`
     searches its paths once for each.
     rotation: `hadamard` (seeded signs) or `dense` (paper). sketch: the matrix whose signs `prod` and `qjl` keep:
-    `gaussian` (paper), or `orthogonal`, unbiased too and of less variance.
+    `gaussian` (paper), or `orthogonal`, unbiased too and of less variance. basis: of codec `tuned`, the digest of the file
+    that has a model's bases and the bits of their channels, of which `bits` is the average over this side.
     """
 
     codec: str = "mse"
@@ -48,11 +52,19 @@ class SideSpec:
     rotation: str = "hadamard"
     search: int = 1
     sketch: str = "gaussian"
+    basis: str = ""
 
     def __post_init__(self) -> None:
-        if self.codec not in CODEC_BITS:
+        if (self.codec == TUNED) != bool(self.basis):
+            raise InvalidConfig(
+                f"codec {self.codec!r} with the basis {self.basis!r}", "Load the profile that kvfold tune wrote"
+            )
+        if self.codec == TUNED:
+            if not 0.25 <= self.bits <= 4:
+                raise InvalidConfig(f"codec 'tuned' has no width {self.bits:g}", "Use 0.25 to 4 bits")
+        elif self.codec not in CODEC_BITS:
             raise UnknownCodec(f"unknown codec {self.codec!r}", f"Use one of: {', '.join(CODEC_BITS)}")
-        if self.bits not in CODEC_BITS[self.codec]:
+        elif self.bits not in CODEC_BITS[self.codec]:
             widths = ", ".join(f"{b:g}" for b in CODEC_BITS[self.codec])
             raise InvalidConfig(f"codec {self.codec!r} has no width {self.bits:g}", f"Its widths are: {widths}")
         if self.scale not in SCALES:
