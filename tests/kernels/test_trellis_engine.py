@@ -51,7 +51,7 @@ def test_torch_searches_as_numpy_does(bits: float) -> None:
 
 
 @pytest.mark.skipif(bool(native.missing()), reason="no native library")
-@pytest.mark.parametrize("dim", [8, 72, 128])
+@pytest.mark.parametrize("dim", [8, 72, 128, 256])
 @pytest.mark.parametrize("bits", RATES)
 def test_every_native_level_searches_as_numpy_does(bits: float, dim: int) -> None:
     x = inputs(bits, 37, dim)

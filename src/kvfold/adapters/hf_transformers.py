@@ -19,6 +19,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
 
@@ -54,8 +55,16 @@ class FoldedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, spec: CacheSpec, layer: int, backend: str, guard: CallGuard, variant: Variant = PLAIN) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        spec: CacheSpec,
+        layer: int,
+        backend: str,
+        guard: CallGuard,
+        variant: Variant = PLAIN,
+        number_of_states: int = 0,
+    ) -> None:
+        super().__init__(**({"number_of_states": number_of_states} if number_of_states else {}))
         self.folded = FoldedAttention(spec, layer, functools.partial(make_engine, backend), variant)
         self.guard = guard
         self.columns = 0  # tokens of the batch as the host counts them: padding included
@@ -154,15 +163,66 @@ class FoldedLayer(CacheLayerMixin):
         return other
 
 
-# Families whose attention reads what the cache returns in another way than through an attention function.
-CHANGES_KEYS = ("diffllama", "doge", "jetmoe")
+# Newer kinds of layers, which older versions have no name for.
+HybridWindowLayer = getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", LinearAttentionLayer)
+EmptyLayer = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)
+
+
+class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
+    """A layer with attention and a running state beside each other (Falcon-H1, Zamba 2): keys and values are folded, the
+    state is kept as transformers keeps it."""
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return LinearAttentionLayer.is_croppable.fget(self)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of keys and values, or of the states, which come by name."""
+        if args:
+            FoldedLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def _select(self, rows: list[int]) -> None:
+        super()._select(rows)
+        for states in (self.conv_states, self.recurrent_states):
+            for i, x in states.items():
+                if x is not None:
+                    states[i] = x[torch.tensor(rows, device=x.device)]
+
+    def reset(self) -> None:
+        FoldedLayer.reset(self)
+        LinearAttentionLayer.__init__(self, self.number_of_states)
+
+    def fork(self, guard: CallGuard, compact: bool = False) -> FoldedHybridLayer:
+        other = super().fork(guard, compact)
+        for name, x in vars(self).items():
+            if isinstance(x, dict):
+                setattr(other, name, copy.deepcopy(x))
+        return other
+
+
 # Families of multi-head latent attention that the tests hold to the stock cache.
-LATENT = ("bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "minicpm3", "youtu")
+LATENT = (
+    *("axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "longcat_flash"),
+    *("minicpm3", "mistral4", "youtu"),
+)
+# Families that a folded cache cannot serve, and why: each would be silently wrong, or fail half-way through a call.
+NOT_FOLDED = {
+    **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
+    **dict.fromkeys(("inkling_text", "inkling2_text"), "adds a bias by position to its scores (position_bias)"),
+    "minimax": "makes a cache of its own kind",
+    "recurrent_gemma": "keeps running states in its modules, outside of caches",
+    **dict.fromkeys(("rwkv", "xlstm"), "keeps running states outside of caches of this kind"),
+}
+# What takes the place of which of transformers' layers.
+FOLDED = {DynamicLayer: FoldedLayer, LinearAttentionAndFullAttentionLayer: FoldedHybridLayer}
 # Layers of other kinds stay as transformers has them: their memory is bounded.
 STOCK_LAYERS = (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
-    getattr(cache_utils, "DummyLayer", LinearAttentionLayer),
+    HybridWindowLayer,
+    EmptyLayer,
 )
 
 
@@ -187,19 +247,25 @@ class FoldedCache(Cache):
             raise Unsupported(
                 f"{text.model_type} caches a latent (MLA) in a way that was not tested", "Use the stock cache"
             )
-        if text.model_type in CHANGES_KEYS:
-            raise Unsupported(f"{text.model_type} changes keys after caching them", "Use the stock cache for it")
+        if text.model_type in NOT_FOLDED:
+            raise Unsupported(f"{text.model_type} {NOT_FOLDED[text.model_type]}", "Use the stock cache for it")
         layers: list[Any] = DynamicCache(config=config).layers
         if not layers:
             raise InvalidConfig("this config describes no cache layers", "Pass the config of a decoder model")
+        if all(type(x) is LinearAttentionLayer for x in layers):
+            raise Unsupported(
+                f"no layer of this {text.model_type} keeps keys and values",
+                "There is nothing to fold: use its own cache",
+            )
         # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
-        counted = [i for i, x in enumerate(layers) if not isinstance(x, LinearAttentionLayer)]
+        counted = [i for i, x in enumerate(layers) if isinstance(x, CacheLayerMixin)]
         self.guard = CallGuard(counted[-1] if counted else -1)
         variant = variant_of(text.to_dict(), slides=False)
         own = self.spec.for_latents() if variant.latent else self.spec
         for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                layers[i] = FoldedLayer(own, i, backend, self.guard, variant)
+            if (kind := FOLDED.get(type(layer))) is not None:
+                states = getattr(layer, "number_of_states", 0)
+                layers[i] = kind(own, i, backend, self.guard, variant, states)
             elif type(layer) not in STOCK_LAYERS:
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         super().__init__(layers=layers)
@@ -244,9 +310,10 @@ class FoldedCache(Cache):
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, *args, **kwargs)
 
     def _enter_linear(self, layer: int, states: Tensor, part: str) -> None:
-        if layer < self.guard.last:
+        # In a last layer that has both, the state may come before attention, which ends the call, or after it.
+        if layer < self.guard.last or (layer == self.guard.last and self.guard.at >= 0):
             self._enter(layer, states, part)
-            self.guard.stored.add(layer)
+            self.guard.moved.add(layer)
 
     def rollback(self) -> None:
         """Drop the tokens of a call that failed half-way, where only some layers hold them.
@@ -258,14 +325,13 @@ class FoldedCache(Cache):
             if columns == 0:
                 self.reset()
                 return
-            stored = [(i, self.layers[i]) for i in self.guard.stored]
-            if any(isinstance(x, LinearAttentionLayer) for _, x in stored):
+            if self.guard.moved:
                 raise CannotTrim(
                     "a linear-attention layer has taken the unfinished call into its state",
                     "Continue from a fork made before the call, or reset() the cache and prefill again",
                 )
-            for i, x in stored:
-                if isinstance(x, FoldedLayer):
+            for i in self.guard.stored:
+                if isinstance(x := self.layers[i], FoldedLayer):
                     x.crop(columns - x.columns)
                 else:
                     vars(x).update(sliding[i])
@@ -289,10 +355,12 @@ class FoldedCache(Cache):
         self.guard.clear()
         for x in self.layers:
             # Stock layers would keep zeroed tensors of the old batch.
-            if isinstance(x, DynamicSlidingWindowLayer):
+            if type(x) is DynamicSlidingWindowLayer:
                 x.__init__(x.sliding_window)
-            elif isinstance(x, LinearAttentionLayer):
+            elif type(x) is LinearAttentionLayer:
                 x.__init__(x.number_of_states)
+            elif type(x) is HybridWindowLayer:
+                x.__init__(x.sliding_window, x.number_of_states)
             else:
                 x.reset()
 
@@ -318,17 +386,22 @@ class FoldedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Every byte allocated for the context, of folded and of stock layers."""
-        return sum(x.folded.nbytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+        return sum(x.folded.nbytes for x in self.folded_layers) + self._stock_bytes
+
+    @property
+    def _stock_bytes(self) -> int:
+        """Of everything that is held as transformers holds it."""
+        return sum(_tensor_bytes(x) for x in self.layers)
 
     @property
     def used_bytes(self) -> int:
         """What this cache's own tokens need, where `nbytes` counts all of the pools that it shares with others."""
-        return sum(x.folded.used_bytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+        return sum(x.folded.used_bytes for x in self.folded_layers) + self._stock_bytes
 
     @property
     def unshared_bytes(self) -> int:
         """`used_bytes` without pages, which forks share."""
-        return sum(x.folded.exact_bytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+        return sum(x.folded.exact_bytes for x in self.folded_layers) + self._stock_bytes
 
     @property
     def reference_bytes(self) -> int:
@@ -344,7 +417,7 @@ class FoldedCache(Cache):
         layers = []
         for i, x in enumerate(self.layers):
             if isinstance(x, FoldedLayer):
-                layers.append(x.folded.report())
+                layers.append({**(row := x.folded.report()), **_with_states(x, row["bytes"])})
             else:
                 layers.append({"layer": i, "kind": type(x).__name__, "bytes": _tensor_bytes(x)})
         folded_bytes = sum(x.folded.nbytes for x in self.folded_layers)
@@ -359,6 +432,12 @@ class FoldedCache(Cache):
             **({} if model is None else {"weights_bytes": weights_bytes(model)}),
             "layers": layers,
         }
+
+
+def _with_states(layer: FoldedLayer, folded: int) -> dict[str, int]:
+    """What a folded layer's row in a report says of the state beside it."""
+    states = _tensor_bytes(layer)
+    return {"bytes": folded + states, "state_bytes": states} if isinstance(layer, FoldedHybridLayer) else {}
 
 
 def _tensor_bytes(layer: Any) -> int:

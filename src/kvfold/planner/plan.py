@@ -15,7 +15,7 @@ from kvfold.planner.workspace import workspace_bytes
 
 REFERENCE_BYTES = 2  # per value: what ratios are against
 WINDOW_TENSOR_BYTES = 8  # transformers keeps the length of a sliding window as a tensor, too
-FOLDING = ("full", "latent")
+FOLDING = ("full", "latent", "hybrid")
 
 
 @dataclass(frozen=True)
