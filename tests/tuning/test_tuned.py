@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvfold import FoldedCache, attach
 from kvfold.cli.main import main
+from kvfold.codebook.basis import Bases, content, remember
 from kvfold.codebook.trellis import STATE_BITS, code
 from kvfold.codec.torch_tuned import STARTS, Tuned, spread
 from kvfold.config import PAGE_TOKENS, TUNED, CacheSpec, SideSpec
@@ -26,7 +27,6 @@ from kvfold.planner.architecture import read
 from kvfold.planner.plan import Setting, plan
 from kvfold.profiles import load
 from kvfold.tuning.allocation import ERROR, allocate, bases
-from kvfold.tuning.basis import Bases, content, remember
 from kvfold.tuning.choice import check, tuned
 from kvfold.tuning.statistics import Moments, Watch, collect, watching
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kvfold.codebook.basis import SIDES, find
 from kvfold.codec.on_torch import Raw, Scalar, TorchCodec
 from kvfold.codec.torch_polar import Polar
 from kvfold.codec.torch_sketch import Prod, Qjl
@@ -12,7 +13,6 @@ from kvfold.codec.torch_trellis import Trellis
 from kvfold.codec.torch_tuned import Tuned
 from kvfold.config import TUNED, SideSpec
 from kvfold.rotation.reference import stream
-from kvfold.tuning.basis import SIDES, find
 
 
 def build(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvfold.codebook.basis import MAX_WIDTH, NAMES, Basis
 from kvfold.codebook.trellis import CLIP, STATE_BITS, STATES, code
 from kvfold.codec.torch_trellis import BLOCK
 from kvfold.codec.trellis import FULL, SCALE_BITS, SCALE_CODES
@@ -21,7 +22,6 @@ from kvfold.config import MEAN_TOKENS, PAGE_TOKENS, SideSpec
 from kvfold.errors import InvalidConfig
 from kvfold.packing.layout import Field
 from kvfold.rotation.on_torch import Rotation
-from kvfold.tuning.basis import MAX_WIDTH, NAMES, Basis
 
 STARTS = code(2).starts
 WINDOW = STATE_BITS + MAX_WIDTH  # bits of the widest step's window

@@ -86,7 +86,7 @@ def _with_bases(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`bases` names a file beside the profile: read, and its digest put where codec `tuned` is named."""
     if (name := content.pop("bases", None)) is None:
         return content
-    from kvfold.tuning.basis import read
+    from kvfold.codebook.basis import read
 
     digest = read(folder / str(name))
     sides = {s: {**content[s], "basis": digest} for s in ("key", "value") if content.get(s, {}).get("codec") == TUNED}

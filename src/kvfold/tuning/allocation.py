@@ -7,8 +7,8 @@ import heapq
 import torch
 from torch import Tensor
 
+from kvfold.codebook.basis import MAX_WIDTH, Basis
 from kvfold.rotation.on_torch import hadamard
-from kvfold.tuning.basis import MAX_WIDTH, Basis
 from kvfold.tuning.statistics import Moments
 
 GROUP = 16  # channels that share their bits, mixed by a Hadamard transform so that their values are near normal

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kvfold.codebook.basis import SIDES, Bases, content, remember
 from kvfold.config import TUNED, CacheSpec, SideSpec
 from kvfold.errors import Unsupported
 from kvfold.evaluation.contenders import Folded
 from kvfold.evaluation.divergence import figures, score
 from kvfold.profiles import Profile
 from kvfold.tuning import allocation
-from kvfold.tuning.basis import SIDES, Bases, content, remember
 from kvfold.tuning.statistics import Moments
 
 Progress = Callable[[int, int], None]
