@@ -206,7 +206,7 @@ def test_raw_pages_are_exact_attention(name: str) -> None:
     check(name, RAW, 64, [450], 7, 3)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ["torch", "cpu", "cuda"])
 def test_a_long_prefill_call_is_tiled(name: str) -> None:
     """Tiles of queries, of new keys and of pages, none of which divides the others."""
     check(name, MSE, 64, [1100], 700, 2)

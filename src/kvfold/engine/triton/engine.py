@@ -29,6 +29,7 @@ DEVICES = ("cuda", "xpu")  # ROCm's torch calls its devices cuda, too
 MULTIPLE, NARROW, MAX_DIM = 16, 128, 256
 TILES = (16, 32, 64)  # columns of a tile; the last up to head_dim 128
 WAVES = 2  # programs per multiprocessor that a call is split into
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 ZERO = 64  # codes.py: levels are stored above it
 
 
@@ -87,9 +88,7 @@ class TritonEngine(TorchEngine):
         eyes = (torch.eye(d, device=device).expand(heads, d, d) for d in (dim, value_dim))
         self._turns = (self.key.project(next(eyes), None).contiguous(), self.value.lift(next(eyes), None).contiguous())
         self._programs = WAVES * multiprocessors(device)
-        sides = (spec.key, spec.value)
         self._wide = max(shape.dims) > NARROW
-        self._many_registers = self._wide or any(s.codec == "trellis" for s in sides)
         self._dot = self.kernels.dot_type(dtype, device.type)
 
     def running(self) -> dict[str, object]:
@@ -112,7 +111,6 @@ class TritonEngine(TorchEngine):
         columns = new * groups
         most = TILES[-2 if self._wide else -1]
         tile = next(t for t in TILES if t >= columns or t == most)
-        options = {"num_warps": 8 if self._many_registers or tile > TILES[0] else 4, "enable_fp_fusion": True}
         tiles = -(-columns // tile)
         longest = max(-(-view.folded // self.kernels.HALF.value) for view in request.rows)
         splits = max(1, min(longest, -(-self._programs // (batch * heads * tiles)))) if longest else 0
@@ -132,12 +130,23 @@ class TritonEngine(TorchEngine):
             plain = q.float() * request.scale
             queries = torch.stack([plain, plain @ self._turns[0]])
             self.kernels.pages[splits, tiles, batch * heads](
-                queries, rows, *self._books, parts, new, call, self._page_shape, **options
+                queries, rows, *self._books, parts, new, call, self._page_shape, **OPTIONS
             )
         out = q.new_empty(batch, heads, columns, value_dim)
         logits = None if request.sink_logits is None else request.sink_logits.float().contiguous()
         self.kernels.finish[tiles, batch * heads](
-            q, out, rows, self._turns[1], parts, splits, new, request.scale, logits, call, self._dot, **options
+            q,
+            out,
+            rows,
+            self._turns[1],
+            parts,
+            splits,
+            new,
+            request.scale,
+            logits,
+            call,
+            self._dot,
+            **OPTIONS,
         )
         return out.unflatten(2, (new, groups)).transpose(2, 3).flatten(1, 2)
 
