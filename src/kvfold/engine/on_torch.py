@@ -14,6 +14,7 @@ from torch import Tensor
 from kvfold.codec.build import build
 from kvfold.codec.on_torch import TorchCodec, tree_sum
 from kvfold.codec.torch_trellis import Trellis
+from kvfold.codec.torch_tuned import Tuned
 from kvfold.config import MEAN_TOKENS, PAGE_TOKENS, CacheSpec
 from kvfold.engine.cpu import trellis as native_trellis
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
@@ -45,8 +46,8 @@ class TorchEngine:
     def __init__(self, spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.shape, self.device = spec, shape, device
         heads, (dim, value_dim) = shape.kv_heads, shape.dims
-        self.key = build(spec.key, spec.seed, shape.layer, 0, shape.heads, dim, dtype, device)
-        self.value = build(spec.value, spec.seed, shape.layer, 1, shape.heads, value_dim, dtype, device)
+        self.key = build(spec.key, spec.seed, shape.layer, 0, shape.heads, dim, spec.centre, dtype, device)
+        self.value = build(spec.value, spec.seed, shape.layer, 1, shape.heads, value_dim, False, dtype, device)
         for codec in (self.key, self.value):
             if isinstance(codec, Trellis) and device.type == "cpu" and not native_trellis.missing():
                 codec.search = native_trellis.viterbi
@@ -98,7 +99,12 @@ class TorchEngine:
         unit: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Fields of x. A page's unit of scales, for codecs with one, leaves out the first page's `sinks`, or is the one kept."""
-        encoded = codec.encode_under(x, unit, sinks) if isinstance(codec, Trellis) else codec.encode(x, state)
+        if isinstance(codec, Tuned):
+            encoded = codec.encode_under(x, state, unit, sinks)
+        elif isinstance(codec, Trellis):
+            encoded = codec.encode_under(x, unit, sinks)
+        else:
+            encoded = codec.encode(x, state)
         for f in codec.fields:
             if f.kind == "half" and not bool(torch.isfinite(encoded[f.name]).all()):
                 raise NonFiniteInput(
