@@ -145,7 +145,9 @@ class Field:
         return CpuEngine(scalar, shape, self.dtype, CPU, level=self.level, threads=self.case.threads)
 
     def _fold(self, name: str) -> Contender:
-        engine = {"kvfold": self.engine, "torch-eager": self.torch_engine}.get(name) or self._scalar()
+        engine: CpuEngine | TorchEngine = self._scalar() if name == "scalar" else self.engine
+        if name == "torch-eager":
+            engine = self.torch_engine
         pages = self.case.pages
         keys, values = (torch.cat([x] * -(-pages // SOURCE_PAGES))[:pages] for x in self.vectors)
         rows = list(torch.empty(pages, engine.page_bytes, dtype=torch.uint8))
