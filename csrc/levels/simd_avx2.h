@@ -160,47 +160,46 @@ struct SimdAvx2 {
   static void store_quads(Int grid, std::uint8_t* operand) {
     const __m256i packed = Dot::quads(grid);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(operand), _mm256_castsi256_si128(packed));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(operand + kTileRows * 8), _mm256_extracti128_si256(packed, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(operand + 8), _mm256_extracti128_si256(packed, 1));
   }
 
   template <int Bits, int Quads, int Rows>
-  static void dot(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+  static void dot(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
                   std::int32_t* out) {
-    if constexpr (Bits != kLevelBits && Dot::unpacks(Bits, Rows)) return dot_unpacked<Bits, Quads, Rows>(src, operand, sum, table, out);
+    if constexpr (Bits != kLevelBits && Dot::unpacks(Bits, Rows))
+      return dot_unpacked<Bits, Quads, Rows>(parts, operand, sum, table, out);
     constexpr int kRows = Rows < Dot::kRows ? Rows : Dot::kRows;
-    if constexpr (Bits != kLevelBits)
-      for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
     for (int first = 0; first < Rows; first += kRows)
       for (int half = 0; half < 2; ++half)
-        half_line<Bits, Quads, kRows>(src, half, operand + 8 * first, sum + first, table, out + first * kLanes + 8 * half);
+        half_line<Bits, Quads, kRows>(parts, half, operand + first * kOperandRow, sum + first, table, out + first * kLanes + 8 * half);
   }
 
  private:
   // Levels first, into the first level cache: two short loops whose values all have registers.
   template <int Bits, int Quads, int Rows>
-  static void dot_unpacked(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+  static void dot_unpacked(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
                            std::int32_t* out) {
-    alignas(64) std::uint8_t unpacked[Quads * 64];
-    for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
+    alignas(64) std::uint8_t unpacked[kBlockPages][Quads * 64];
     const Codes levels = load_256(table);
-    for (int half = 0; half < 2; ++half)
-      walk<SimdAvx2, Bits, Quads>(src, half, [&](int quad, Codes codes) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(unpacked + 64 * quad + 32 * half), lookup(codes, levels));
-      });
-    dot<kLevelBits, Quads, Rows>(unpacked, operand, sum, table, out);
+    for (int part = 0; part < parts.count; ++part)
+      for (int half = 0; half < 2; ++half)
+        walk<SimdAvx2, Bits, Quads>(parts.codes[part], half, [&](int quad, Codes codes) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(unpacked[part] + 64 * quad + 32 * half), lookup(codes, levels));
+        });
+    dot<kLevelBits, Quads, Rows>({{unpacked[0], unpacked[1]}, parts.count}, operand, sum, table, out);
   }
 
   template <int Bits, int Quads, int Rows>
-  static void half_line(const std::uint8_t* src, int half, const std::uint8_t* operand, const std::int32_t* sum,
-                        const std::uint8_t* table, std::int32_t* out) {
+  static void half_line(const Parts& parts, int half, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+                        std::int32_t* out) {
     const Codes levels = load_256(table);
     typename Dot::Sum sums[Rows];
     for (int r = 0; r < Rows; ++r) sums[r] = Dot::zero();
-    walk<SimdAvx2, Bits, Quads>(src, half, [&](int quad, Codes codes) {
-      const auto level = Dot::split(Bits == kLevelBits ? codes : lookup(codes, levels));
-      const std::uint8_t* x = operand + quad * kTileRows * 8;
-      for (int r = 0; r < Rows; ++r) Dot::step(sums[r], level, x + 8 * r);
-    });
+    for (int part = 0; part < parts.count; ++part, operand += 8 * Quads)
+      walk<SimdAvx2, Bits, Quads>(parts.codes[part], half, [&](int quad, Codes codes) {
+        const auto level = Dot::split(Bits == kLevelBits ? codes : lookup(codes, levels));
+        for (int r = 0; r < Rows; ++r) Dot::step(sums[r], level, operand + 8 * quad + r * kOperandRow);
+      });
     for (int r = 0; r < Rows; ++r)
       _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * kLanes),
                          _mm256_sub_epi32(Dot::value(sums[r]), _mm256_set1_epi32(kBias * sum[r])));
