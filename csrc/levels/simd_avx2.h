@@ -11,6 +11,7 @@
 
 #include "level.h"
 #include "planes.h"
+#include "unroll.h"
 
 namespace kvfold {
 namespace {
@@ -26,9 +27,11 @@ struct Avx2Dot {
   static Operand split(__m256i level) {
     return {_mm256_and_si256(level, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(level, 8)};
   }
-  static void step(Sum& sum, Operand level, const std::uint8_t* x) {
+  static Sum step(Sum sum, Operand level, const std::uint8_t* x) {
     const __m256i even = _mm256_madd_epi16(level.even, broadcast(x)), odd = _mm256_madd_epi16(level.odd, broadcast(x + 4));
     sum = _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+    __asm__("" : "+x"(sum));  // in a register, in this order: left alone, compilers mix quads and run out of registers
+    return sum;
   }
   static __m256i value(Sum sum) { return sum; }
   // Four integers -> [0, 2][1, 3], as int16.
@@ -137,7 +140,7 @@ struct SimdAvx2 {
 
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static void prefetch_codes(const std::uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, _MM_HINT_T0);
   }
   static Codes load_codes(const std::uint8_t* p) { return load_256(p); }
   template <int Shift>
@@ -170,8 +173,10 @@ struct SimdAvx2 {
       return dot_unpacked<Bits, Quads, Rows>(parts, operand, sum, table, out);
     constexpr int kRows = Rows < Dot::kRows ? Rows : Dot::kRows;
     for (int first = 0; first < Rows; first += kRows)
-      for (int half = 0; half < 2; ++half)
-        half_line<Bits, Quads, kRows>(parts, half, operand + first * kOperandRow, sum + first, table, out + first * kLanes + 8 * half);
+      unroll<2>([&](auto half) {
+        half_line<Bits, Quads, kRows, decltype(half)::value>(parts, operand + first * kOperandRow, sum + first, table,
+                                                             out + first * kLanes + 8 * half);
+      });
   }
 
  private:
@@ -189,20 +194,21 @@ struct SimdAvx2 {
     dot<kLevelBits, Quads, Rows>({{unpacked[0], unpacked[1]}, parts.count}, operand, sum, table, out);
   }
 
-  template <int Bits, int Quads, int Rows>
-  static void half_line(const Parts& parts, int half, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+  template <int Bits, int Quads, int Rows, int Half>
+  static void half_line(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
                         std::int32_t* out) {
     const Codes levels = load_256(table);
     typename Dot::Sum sums[Rows];
-    for (int r = 0; r < Rows; ++r) sums[r] = Dot::zero();
+    unroll<Rows>([&](auto r) { sums[r] = Dot::zero(); });
     for (int part = 0; part < parts.count; ++part, operand += 8 * Quads)
-      walk<SimdAvx2, Bits, Quads>(parts.codes[part], half, [&](int quad, Codes codes) {
+      walk<SimdAvx2, Bits, Quads>(parts.codes[part], Half, [&](int quad, Codes codes) {
         const auto level = Dot::split(Bits == kLevelBits ? codes : lookup(codes, levels));
-        for (int r = 0; r < Rows; ++r) Dot::step(sums[r], level, operand + 8 * quad + r * kOperandRow);
+        unroll<Rows>([&](auto r) { sums[r] = Dot::step(sums[r], level, operand + 8 * quad + r * kOperandRow); });
       });
-    for (int r = 0; r < Rows; ++r)
+    unroll<Rows>([&](auto r) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * kLanes),
                          _mm256_sub_epi32(Dot::value(sums[r]), _mm256_set1_epi32(kBias * sum[r])));
+    });
   }
   static __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
