@@ -21,6 +21,14 @@ namespace {
 
 bool usable(const kvf_format* format) { return format != nullptr && kvfold::supported(*format); }
 
+bool foldable(const kvf_side& side) {
+  if (side.trellis == nullptr) return true;
+  if (side.search == nullptr || !kvfold::usable(*side.search) || side.search->period > 2) return false;
+  for (int phase = 0; phase < 2; ++phase)
+    if (side.search->width[phase % side.search->period] != side.trellis->widths[phase]) return false;
+  return true;
+}
+
 bool usable(const kvf_attend_request& request) {
   if (!usable(request.format) || request.batch < 1 || request.query_tokens < 1 || request.query_heads < 1) return false;
   if (request.query_heads % request.format->kv_heads != 0) return false;
@@ -56,7 +64,7 @@ int64_t kvf_row_bytes(const kvf_format* format) { return usable(format) ? static
 
 int32_t kvf_fold(const kvf_format* format, int32_t level, int32_t threads, int32_t dtype, kvf_vectors keys, kvf_vectors values,
                  int64_t pages, int32_t first_page, const uint64_t* rows) {
-  if (!usable(format) || format->key.trellis != nullptr || format->value.trellis != nullptr) return KVF_UNSUPPORTED;
+  if (!usable(format) || !foldable(format->key) || !foldable(format->value)) return KVF_UNSUPPORTED;
   const Level* chosen = kvfold::choose_level(level);
   if (chosen == nullptr) return KVF_NO_LEVEL;
   const Layout layout(*format);
@@ -65,6 +73,7 @@ int32_t kvf_fold(const kvf_format* format, int32_t level, int32_t threads, int32
     const std::int64_t page = unit / format->kv_heads, head = unit % format->kv_heads;
     kvfold::FoldTask task;
     task.format = format;
+    task.trellis = &kvfold::trellis_encoder(*chosen);
     task.keys = vector_at(keys, dtype, page, head);
     task.values = vector_at(values, dtype, page, head);
     task.key_stride = keys.inner_stride;

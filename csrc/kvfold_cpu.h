@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define KVF_ABI_VERSION 3
+#define KVF_ABI_VERSION 4
 
 enum { KVF_OK = 0, KVF_UNSUPPORTED = 1, KVF_NON_FINITE = 2, KVF_NO_LEVEL = 3, KVF_NO_MEMORY = 4, KVF_NOT_A_PAGE = 5 };
 enum { KVF_FLOAT32 = 0, KVF_BFLOAT16 = 1, KVF_FLOAT16 = 2 };
@@ -38,8 +38,11 @@ typedef struct kvf_trellis_reader {
   const int8_t* pairs; /* [2^(6 + both widths)][2] */
 } kvf_trellis_reader;
 
-/* One side (keys or values) of a codec. A trellis code has a reader and nothing else. A scalar one: 2^bits ascending integer levels, the thresholds between them, how scales are chosen, and how
-   many codebook grids (1 or 3) the encoder tries per vector. */
+typedef struct kvf_trellis kvf_trellis; /* how it is written: kvfold_trellis.h */
+
+/* One side (keys or values) of a codec: how scales are chosen, what a level's unit is worth in standard deviations, and for a trellis
+   code how it is read and, if it is to be folded, written. A scalar one: 2^bits ascending integer levels, the thresholds between them,
+   and how many codebook grids (1 or 3) the encoder tries per vector. */
 typedef struct kvf_side {
   int32_t bits;
   int32_t scale_rule;
@@ -48,6 +51,7 @@ typedef struct kvf_side {
   float thresholds[15];
   int8_t levels[16];
   const kvf_trellis_reader* trellis; /* null: scalar */
+  const kvf_trellis* search;         /* null: pages of this side are only read */
 } kvf_side;
 
 /* What a page of one layer looks like. signs: [kv_heads, head_dim] of +1/-1 for each side. */

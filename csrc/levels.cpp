@@ -25,4 +25,23 @@ const Level* choose_level(int index) {
   return nullptr;
 }
 
+const TrellisEncoder& trellis_encoder(const Level& level) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (&level == &kAvx2 || &level == &kAvxVnni) return kEncodeAvx2;
+  if (&level != &kScalar) return kEncodeAvx512;
+#elif defined(__aarch64__)
+  if (&level == &kNeon) return kEncodeNeon;
+#endif
+  (void)level;
+  return kEncodeScalar;
+}
+
+bool usable(const kvf_trellis& code) {
+  if (code.period < 1 || code.period > KVF_TRELLIS_PERIOD || code.levels < 1 || code.levels > KVF_TRELLIS_LEVELS) return false;
+  if (code.starts == 0 || code.shift < 0 || code.shift > 15 || code.grid < 1 || code.clip < 0 || code.clip > 1 << 14) return false;
+  for (int i = 0; i < code.period; ++i)
+    if (code.width[i] < 1 || code.width[i] > KVF_TRELLIS_WIDTH || code.index[i] == nullptr) return false;
+  return true;
+}
+
 }  // namespace kvfold

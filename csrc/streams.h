@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kHistory = 6;  // bits of the register before a step
 constexpr std::uint8_t kScaleCode = 63;
+constexpr float kFullScale = 50;  // the page's longest vector in its unit
 
 // The first bit of a symbol to enter the register is its highest.
 inline unsigned entering(unsigned symbol, int width) {

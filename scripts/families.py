@@ -26,10 +26,11 @@ What a `FoldedCache` does with models of transformers. Written by `scripts/famil
 `tests/adapters/test_families.py` does: a tiny model with random weights, a left-padded batch, prefilled in two calls and
 continued by single tokens. **equal** means that a cache of the profile `lossless` gives the logits of the stock cache, up
 to float32 rounding; folded profiles run the same path. Everything else is refused by the message in the last column,
-before a token is stored.
+before a token is stored. `tests/adapters/test_family_modes.py` takes every family that is equal through beams, two turns of one
+cache, and sessions: forked, gone back, saved and loaded, decoded together.
 
 Layers are of the family's default config: *folded* ones; *exact* ones, whose sliding window or chunk bounds their memory;
-*state*, recurrent or convolutional. The engine is the one `kvfold doctor` names for profile `balanced` on a CPU; where it is
+*state*, recurrent or convolutional; a layer with attention and a state beside it counts in both. The engine is the one `kvfold doctor` names for profile `balanced` on a CPU; where it is
 `torch`, head size or softmax (softcap, sink logits) has no native kernel, or keys and values differ in size.
 
 Multi-head latent attention (DeepSeek, Kimi, GLM-4.7-Flash and others): the latent, which is key and value at once, is folded as keys of
@@ -61,12 +62,12 @@ are refused by its name.
 def outcome(family: str) -> str:
     """`equal`, or why the family is refused. Raises AssertionError where logits differ."""
     model = make(family)
-    want = logits_of(model, DynamicCache(config=model.config))
     try:
         with kvfold.attach(model):
             got = logits_of(model, kvfold.FoldedCache(model.config, "lossless"))
     except KvfoldError as error:
         return str(error).split(". ")[0]
+    want = logits_of(model, DynamicCache(config=model.config))
     if float((got - want).abs().max()) >= ROUNDING * float(want.std()):
         raise AssertionError(f"{family}: a lossless cache does not give the logits of the stock cache")
     return "equal"
@@ -78,7 +79,8 @@ def described(family: str) -> list[dict[str, Any]]:
         layers = layers_of(CONFIG_MAPPING[family](), device="cpu")
     except (KvfoldError, TypeError, ValueError, KeyError):
         layers = []
-    plausible = layers and all(r["folds"] for r in layers if r["kind"] == "full")
+    known = all(r["kind"] != "unknown" for r in layers)
+    plausible = layers and known and all(r["folds"] for r in layers if r["kind"] == "full")
     return layers if plausible else layers_of(config(family), device="cpu")
 
 
@@ -87,8 +89,8 @@ def row_of(family: str) -> tuple[str, bool]:
     said = outcome(family)
     layers = described(family) if said == "equal" else []
     folded = [r for r in layers if r["folds"]]
-    exact = [r for r in layers if not r["folds"] and r["kind"] in ("sliding", "chunked")]
-    state = [r for r in layers if r["kind"] in ("linear", "conv")]
+    exact = [r for r in layers if not r["folds"] and r["kind"] in ("sliding", "chunked", "hybrid_sliding")]
+    state = [r for r in layers if r["kind"] in ("linear", "conv", "hybrid", "hybrid_sliding")]
     counts = [str(len(x)) if x else "" for x in (folded, exact, state)]
     engines = ", ".join(sorted({r["engine"] for r in folded}))
     return f"| `{family}` | " + " | ".join([*counts, engines, said]) + " |", said == "equal"

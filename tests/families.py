@@ -88,7 +88,10 @@ CHUNKS = (70, LENGTH)  # ends of the prefill's calls; the second row's pads end 
 ROUNDING = 2e-4
 HALF_LINEAR = ["linear_attention", "full_attention"] * 2
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "axk1": {"topk_method": "greedy"},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "bailing_hybrid": {"layer_types": HALF_LINEAR},
     "deepseek_v2": {"topk_method": "greedy"},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
@@ -109,20 +112,27 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 8,
     },
     "gpt_bigcode": {"multi_query": True},
+    "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
+    "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": HALF_LINEAR, "shared_intermediate_size": 16},
     "helium": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
+    "inkling2_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
     "kimi_linear": {"layer_types": HALF_LINEAR},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "llama4_text": {"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1, 0]},
     **{t: {"sliding_window": None} for t in ("doge", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2")},
+    "longcat_flash": {"num_layers": 2, "ffn_hidden_size": 48, "zero_expert_num": 2, "moe_topk": 2, "head_dim": 8},
     "mimo_v2_flash": {"head_dim": 24, "v_head_dim": 16},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"]},
     "olmo_hybrid": {"layer_types": HALF_LINEAR},
     "qwen3_5_moe_text": {"layer_types": HALF_LINEAR},
     "qwen3_5_text": {"layer_types": HALF_LINEAR},
     "qwen3_next": {"layer_types": HALF_LINEAR},
+    "whisper": {"num_key_value_heads": 4, "head_dim": 8},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
 }
 MLA_HEADS = {"num_key_value_heads": 4}  # what is left of grouping where every head reads one latent
@@ -140,15 +150,44 @@ FAMILIES = tuple(
         *("biogpt", "cohere2_moe", "dots1", "exaone_moe", "flint", "granitemoe_swa", "internlm3", "laguna", "mellum"),
         *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"),
         *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe"),
-        *("nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba2"),
+        *("nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba", "zamba2"),
+        *(
+            "axk1",
+            "bart",
+            "blenderbot",
+            "codegen",
+            "gemma4_unified_text",
+            "gpt_neo",
+            "gptj",
+            "hyperclovax",
+            "inkling_text",
+        ),
+        *(
+            "iquestcoder",
+            "kolibri1",
+            "lfm3",
+            "longcat_flash",
+            "mamba",
+            "marian",
+            "mbart",
+            "minimax",
+            "minimax_m3_vl_text",
+        ),
+        *("modernbert-decoder", "moshi", "pegasus", "plbart", "recurrent_gemma", "whisper", "zaya"),
     )
     if t in CONFIG_MAPPING
 )
 # Refused by name, and what the refusal says.
 REFUSED = {
-    **dict.fromkeys(("bloom", "falcon", "mpt", "xglm"), "does not let its attention implementation be chosen"),
+    **dict.fromkeys(
+        ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "xglm"),
+        "does not let its attention implementation be chosen",
+    ),
+    "inkling_text": "adds a bias by position",
+    "mamba": "keeps keys and values",
+    "minimax": "a cache of its own kind",
+    "recurrent_gemma": "running states in its modules",
     **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
-    **dict.fromkeys(("falcon_h1", "zamba2"), "unknown cache kind"),
 }
 FOLDING = tuple(f for f in FAMILIES if f not in REFUSED)
 

@@ -16,6 +16,7 @@
 #include "../pack.h"
 #include "exact.h"
 #include "level.h"
+#include "scale.h"
 #include "unroll.h"
 
 namespace kvfold {
@@ -72,12 +73,6 @@ Vector<Simd, Dim> product(const Vector<Simd, Dim>& a, const Vector<Simd, Dim>& b
   return out;
 }
 
-// What the codes of one try are worth: dot = <u, L>, square = |L|^2.
-struct Fit {
-  float dot, square;
-  float gain() const { return (dot * dot) / square; }
-};
-
 template <class Simd, int Dim, int Bits>
 Fit nearest(const kvf_side& side, const float* thresholds, const Vector<Simd, Dim>& u, float factor, std::uint8_t* codes) {
   Vector<Simd, Dim> levels;
@@ -89,15 +84,6 @@ Fit nearest(const kvf_side& side, const float* thresholds, const Vector<Simd, Di
   }
   const bool squared = side.searches > 1 || side.scale_rule >= KVF_SCALE_LEAST_SQUARES;
   return {product(u, levels).tree(), squared ? product(levels, levels).tree() : 1.0f};
-}
-
-inline float scale_of(const kvf_side& side, int dim, float radius, Fit fit) {
-  const float normalised = radius * static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
-  const float dims = static_cast<float>(dim);
-  if (side.scale_rule == KVF_SCALE_NORM) return normalised * side.step;
-  if (side.scale_rule == KVF_SCALE_UNBIASED) return (normalised * dims) / fit.dot;
-  if (side.scale_rule == KVF_SCALE_LEAST_SQUARES) return (normalised * fit.dot) / fit.square;
-  return normalised * std::sqrt(dims / fit.square);
 }
 
 // One vector -> Dim codes and its scale. False if the scale is not a finite float16.
@@ -178,37 +164,51 @@ bool half_mean(const FoldTask& task, int dim, int half, std::int8_t* codes, std:
   return quantize_mean(mean, dim, static_cast<float>(count), codes, scale_bytes);
 }
 
+// One side of a head as it lies in memory and is to lie in the row.
+struct FoldSide {
+  const kvf_side& side;
+  const float* signs;
+  const void* data;
+  std::int64_t stride;
+  const float* means;  // null: none
+  std::uint8_t *codes, *scales, *unit;
+  void (*pack)(const std::uint8_t* codes, int dim, int bits, std::uint8_t* out);
+};
+
 template <class Simd, int Dim>
-bool fold_side(const kvf_side& side, const float* signs, const void* data, std::int64_t stride, int dtype, const float* means,
-               std::uint8_t* codes, std::uint8_t* scales) {
-  if (side.bits == 4) return encode_page<Simd, Dim, 4>(side, signs, data, stride, dtype, means, codes, scales);
-  if (side.bits == 3) return encode_page<Simd, Dim, 3>(side, signs, data, stride, dtype, means, codes, scales);
-  return encode_page<Simd, Dim, 2>(side, signs, data, stride, dtype, means, codes, scales);
+bool fold_side(const FoldTask& task, const FoldSide& s) {
+  if (s.side.trellis != nullptr)
+    return task.trellis->fold(
+        {&s.side, s.signs, s.means, s.data, s.stride, task.dtype, Dim, task.skipped, s.codes, s.scales, s.unit});
+  alignas(64) std::uint8_t codes[kPageTokens * Dim];
+  const auto encode = s.side.bits == 4   ? encode_page<Simd, Dim, 4>
+                      : s.side.bits == 3 ? encode_page<Simd, Dim, 3>
+                                         : encode_page<Simd, Dim, 2>;
+  if (!encode(s.side, s.signs, s.data, s.stride, task.dtype, s.means, codes, s.scales)) return false;
+  s.pack(codes, Dim, s.side.bits, s.codes);
+  return true;
 }
 
 template <class Simd, int Dim>
 bool fold_head(const FoldTask& task) {
   const kvf_format& format = *task.format;
   const Layout layout(format);
-  alignas(64) std::uint8_t codes[kPageTokens * Dim];
+  const std::size_t head = static_cast<std::size_t>(task.head);
   alignas(64) float means[kMeans * Dim];
   const float* centre = nullptr;
   if (format.centre != 0) {
-    auto* stored = reinterpret_cast<std::int8_t*>(task.row + layout.means(task.head));
-    std::uint8_t* scales = task.row + layout.mean_scales(task.head);
+    auto* stored = reinterpret_cast<std::int8_t*>(task.row + layout.means(head));
+    std::uint8_t* scales = task.row + layout.mean_scales(head);
     for (int half = 0; half < kMeans; ++half)
       if (!half_mean<Simd>(task, Dim, half, stored + half * Dim, scales + 2 * half, means + half * Dim)) return false;
     centre = means;
   }
-  if (!fold_side<Simd, Dim>(format.key, format.key_signs + task.head * Dim, task.keys, task.key_stride, task.dtype, centre, codes,
-                            task.row + layout.key_scales(task.head)))
-    return false;
-  pack_keys(codes, Dim, format.key.bits, task.row + layout.key_codes(task.head));
-  if (!fold_side<Simd, Dim>(format.value, format.value_signs + task.head * Dim, task.values, task.value_stride, task.dtype, nullptr,
-                            codes, task.row + layout.value_scales(task.head)))
-    return false;
-  pack_values(codes, Dim, format.value.bits, task.row + layout.value_codes(task.head));
-  return true;
+  const FoldSide key{format.key, format.key_signs + head * Dim, task.keys, task.key_stride, centre, task.row + layout.key_codes(head),
+                     task.row + layout.key_scales(head), task.row + layout.key_unit(head), pack_keys};
+  const FoldSide value{format.value, format.value_signs + head * Dim, task.values, task.value_stride, nullptr,
+                       task.row + layout.value_codes(head), task.row + layout.value_scales(head), task.row + layout.value_unit(head),
+                       pack_values};
+  return fold_side<Simd, Dim>(task, key) && fold_side<Simd, Dim>(task, value);
 }
 
 template <class Simd>

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../format.h"
+#include "../trellis_encoder.h"
 
 namespace kvfold {
 
@@ -78,13 +79,14 @@ struct ExactTask {
 
 struct FoldTask {
   const kvf_format* format;
+  const TrellisEncoder* trellis;  // the level's
   const void* keys;
   const void* values;
   std::uint8_t* row;
   std::int64_t key_stride, value_stride;
   int dtype;
   int head;
-  int skipped;  // first tokens left out of the mean
+  int skipped;  // first tokens left out of the mean and of a trellis side's unit
 };
 
 struct Level {

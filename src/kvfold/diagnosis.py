@@ -9,7 +9,7 @@ from typing import Any
 
 from kvfold.config import CacheSpec
 from kvfold.dispatch import ENGINES, explain
-from kvfold.errors import KvfoldError, Unsupported
+from kvfold.errors import KvfoldError, Unsupported, UnsupportedModel
 from kvfold.planner.model import FLOAT32_BYTES, Attention, Layer
 from kvfold.planner.pages import page_of, spec_of
 from kvfold.profiles import load
@@ -70,8 +70,12 @@ def layers_of(config: Any, profile: str = "balanced", device: str = "") -> list[
         held = FoldedCache(config, profile).layers
     except Unsupported as error:
         refusal = str(error)
-    described = complete(config)
-    model = read(described)
+    try:
+        model = read(complete(config))
+    except UnsupportedModel as error:
+        # The planner does not know these layers; a refusal, if there is one, says more.
+        row = {"layer": 0, "kind": "unknown", "holds": "", "folds": False, "why_not": refusal or str(error)}
+        return [{**row, "engine": "", "passed_over": ""}]
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for i, layer in enumerate(model.layers):

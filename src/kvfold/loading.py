@@ -186,7 +186,9 @@ def complete(config: Any) -> dict[str, Any]:
     """A transformers config as the content of a config.json, derived keys included."""
     text = config.get_text_config(decoder=True)
     keys = {"layer_types": getattr(text, "layer_types", None), "dtype": text.dtype or config.dtype}
-    return {**text.to_dict(), **{k: v for k, v in keys.items() if v is not None}}
+    # Names that a class only maps to older ones of its own.
+    mapped = {n: getattr(text, n, None) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers")}
+    return {**mapped, **text.to_dict(), **{k: v for k, v in keys.items() if v is not None}}
 
 
 def _counted(config: Any) -> Weights | None:

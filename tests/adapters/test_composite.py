@@ -23,6 +23,7 @@ from transformers import (
 
 import kvfold
 from kvfold.errors import KvfoldError, Unsupported
+from kvfold.sessions.archive import info
 from kvfold.sessions.session import Session
 
 VOCABULARY = 61
@@ -149,10 +150,14 @@ def test_forks_trims_copies_and_watchers(family: str) -> None:
                 assert 0 < row["fidelity"]["folded_mass"] < 1
 
 
-def test_sessions_of_unequal_widths_live_in_memory(tmp_path: Path) -> None:
-    model = make("mimo_v2_flash")
+@pytest.mark.parametrize("family", ["mimo_v2_flash", "deepseek_v3"])
+def test_sessions_of_unequal_widths(family: str, tmp_path: Path) -> None:
+    """Values narrower than keys, and latents beside their rotary parts, go to files and come back."""
+    model = make(family)
     session = Session.new(model, profile="lossless")
     session.extend(prompt(1, 300)[0].tolist())
-    with pytest.raises(Unsupported, match="keys of 24 and values of 16"):
-        session.save(tmp_path / "kept")
+    session.save(tmp_path / "kept")
+    again = Session.load(tmp_path / "kept", model)
+    assert torch.equal(again.extend([7]), session.extend([7]))
+    assert info(tmp_path / "kept")["bits_per_value"] == 32  # of a float32 model
     kvfold.detach(model)

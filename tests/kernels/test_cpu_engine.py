@@ -89,6 +89,9 @@ def test_bytes_equal_the_canonical_encoder(level: str, sides: str, dim: int) -> 
     keys, values = tokens(1, 3, 3, 128, dim), tokens(2, 3, 3, 128, dim)
     keys[1, 0, 7] = 0
     values[1, 1, 9] = 0
+    # A vector along one axis, and one that rotation puts on one: of coordinates as far from Gaussian as any.
+    values[2, 2, 11] = 5 * torch.eye(dim)[3]
+    values[2, :, 12] = reference.value.lift(torch.eye(dim)[5].expand(3, 1, dim), None)[:, 0]
     rows, expected = folded(mine, keys, values), folded(reference, keys, values)
     for row, want in zip(rows, expected, strict=True):
         canonical = mine.to_canonical(row)
@@ -99,11 +102,24 @@ def test_bytes_equal_the_canonical_encoder(level: str, sides: str, dim: int) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fold_takes_every_dtype_and_any_strides(level: str, dtype: torch.dtype) -> None:
-    mine, reference = engines("3-bit", 128, 2, level, dtype)
+@pytest.mark.parametrize("sides", ["3-bit", "trellis-3-3.5"])
+def test_fold_takes_every_dtype_and_any_strides(level: str, sides: str, dtype: torch.dtype) -> None:
+    mine, reference = engines(sides, 128, 2, level, dtype)
     keys = tokens(3, 2, 128, 2, 128).to(dtype).transpose(1, 2)
     values = tokens(4, 2, 2, 128, 256).to(dtype)[..., ::2]
     rows, expected = folded(mine, keys, values, False), folded(reference, keys, values, False)
+    assert all(torch.equal(mine.to_canonical(r), e) for r, e in zip(rows, expected, strict=True))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("centre", [True, False])
+def test_sinks_set_no_unit(level: str, centre: bool, first: bool) -> None:
+    """On the first page of a sequence alone a long sink leaves the unit of a trellis side to the other vectors."""
+    mine, reference = engines("trellis-2.5-1.5", 64, 2, level, sinks=70, centre=centre)
+    keys, values = tokens(15, 2, 2, 128, 64), tokens(16, 2, 2, 128, 64)
+    keys[:, :, 69] *= 100
+    values[:, :, 3] *= 100
+    rows, expected = folded(mine, keys, values, first), folded(reference, keys, values, first)
     assert all(torch.equal(mine.to_canonical(r), e) for r, e in zip(rows, expected, strict=True))
 
 
@@ -177,10 +193,11 @@ def attends(
         assert error < TOLERANCE + rounding
 
 
-def test_threads_do_not_change_a_bit(level: str) -> None:
+@pytest.mark.parametrize("sides", ["3-bit", "trellis-3-3.5"])
+def test_threads_do_not_change_a_bit(level: str, sides: str) -> None:
     outs = []
     for threads in (1, 2, 5):
-        mine, _ = engines("3-bit", 128, 2, level)
+        mine, _ = engines(sides, 128, 2, level)
         mine.threads = threads
         keys = tokens(12, 40, 2, 128, 128)
         rows = folded(mine, keys, keys)
@@ -204,8 +221,9 @@ def test_threads_are_those_of_torch_and_are_told(level: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_non_finite_vectors_are_refused(level: str, bad: float) -> None:
-    mine, _ = engines("4-bit", 64, 1, level)
+@pytest.mark.parametrize("sides", ["4-bit", "trellis-2-1"])
+def test_non_finite_vectors_are_refused(level: str, sides: str, bad: float) -> None:
+    mine, _ = engines(sides, 64, 1, level)
     for side in (0, 1):
         pair = [torch.randn(1, 1, 128, 64), torch.randn(1, 1, 128, 64)]
         pair[side][0, 0, 99, 3] = bad

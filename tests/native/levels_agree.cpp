@@ -1,5 +1,6 @@
-// Every level this machine has against the scalar one, through the C interface: same bytes when folding, same attention within the
-// rounding of queries and weights, over folded pages and over random trellis pages of random codes. Buffers end where an inaccessible page begins, so that a read past the end dies at once.
+// Every level this machine has against the scalar one, through the C interface: same bytes when folding, in random trellis codes too,
+// same attention within the rounding of queries and weights, over folded pages and over random trellis pages. Buffers end where an
+// inaccessible page begins, so that a read past the end dies at once.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "../../csrc/format.h"
+#include "../../csrc/kvfold_trellis.h"
 
 #if defined(_WIN32)
 #include <malloc.h>
@@ -68,6 +70,11 @@ kvf_side side(int bits, int rule, int searches) {
 }
 
 unsigned bits_at_random(int bits) { return static_cast<unsigned>(uniform() * static_cast<float>(1u << bits)); }
+unsigned reversed(unsigned x, int bits) {
+  unsigned out = 0;
+  for (int i = 0; i < bits; ++i) out |= (x >> i & 1) << (bits - 1 - i);
+  return out;
+}
 unsigned parity(unsigned x) {
   unsigned out = 0;
   for (; x != 0; x >>= 1) out ^= x & 1;
@@ -91,7 +98,23 @@ struct Trellis {
         reader.affine_high[phase] |= std::uint64_t{masks[phase][i] >> 8} << (8 * (7 - i));
       }
     }
-    for (auto& start : reader.starts) start = static_cast<unsigned char>(bits_at_random(6));
+    const unsigned states[4] = {0, 11, 37, 52};
+    for (int i = 0; i < 4; ++i) {
+      reader.starts[i] = static_cast<unsigned char>(reversed(states[i], 6));
+      search.starts |= std::uint64_t{1} << states[i];
+    }
+    search.period = first == second ? 1 : 2;
+    search.levels = 1 << index_bits;
+    search.grid = 3;
+    search.clip = 240;
+    search.shift = 2;
+    search.gain = 70;
+    for (int i = 0; i < search.levels; ++i) search.level[i] = static_cast<short>(3 * reader.levels[i]);
+    for (int phase = 0; phase < 2; ++phase) {
+      search.width[phase] = widths[phase];
+      for (unsigned w = 0; w < 64u << widths[phase]; ++w) indices[phase].push_back(index(phase, reversed(w, 6 + widths[phase])));
+      search.index[phase] = indices[phase].data();
+    }
     for (unsigned w = 0; w < 1u << (6 + first + second); ++w) {
       pairs.push_back(level(0, w & ((64u << first) - 1)));
       pairs.push_back(level(1, w >> first));
@@ -101,13 +124,17 @@ struct Trellis {
   Trellis(const Trellis&) = delete;
   Trellis& operator=(const Trellis&) = delete;
 
-  signed char level(int phase, unsigned window) const {
-    unsigned index = 0;
-    for (int i = 0; i < 6; ++i) index |= parity(window & masks[phase][i]) << i;
-    return reader.levels[index];
+  // Of a window as it lies in a stream, the oldest bit lowest.
+  unsigned char index(int phase, unsigned window) const {
+    unsigned out = 0;
+    for (int i = 0; i < 6; ++i) out |= parity(window & masks[phase][i]) << i;
+    return static_cast<unsigned char>(out);
   }
+  signed char level(int phase, unsigned window) const { return reader.levels[index(phase, window)]; }
 
   kvf_trellis_reader reader = {};
+  kvf_trellis search = {};
+  std::vector<unsigned char> indices[2];
   unsigned masks[2][6] = {};
   std::vector<signed char> pairs;
 };
@@ -200,6 +227,7 @@ void compare_attention(const Case& c, int scalar, const char* bits) {
 
 void compare_bytes(Case& c, int scalar, const char* bits) {
   const auto bytes = c.fold(scalar);
+  check(!bytes.empty(), "fold", "scalar", c.dim, bits);
   for (int level = 0; level < scalar; ++level)
     if (kvf_level_reason(level)[0] == '\0') check(c.fold(level) == bytes, "bytes", kvf_level_name(level), c.dim, bits);
 }
@@ -237,7 +265,12 @@ int main() {
         kvf_side key = {}, value = {};
         key.trellis = &keys.reader;
         value.trellis = &values.reader;
+        key.search = &keys.search;
+        value.search = &values.search;
+        key.scale_rule = KVF_SCALE_UNBIASED;
+        value.scale_rule = KVF_SCALE_LEAST_SQUARES;
         Case c(dim, 3, s[0], s[1], key, value);
+        if (s == shapes[1]) compare_bytes(c, scalar, code.name);
         c.randomise();
         compare_attention(c, scalar, code.name);
         compare_orders(c, scalar, code.name);

@@ -68,8 +68,7 @@ class Batch:
             if i in folded:
                 layer.folded, layer.guard, layer.columns = folded[i], batch.guard, columns
                 layer.holes = [[(0, columns - n)] if n < columns else [] for n in self._lengths]
-            else:
-                _gather_stock(layer, layers, columns)
+            _gather_stock(layer, layers, columns)
             batch.layers.append(layer)
         return batch
 
@@ -96,8 +95,7 @@ class Batch:
             for mine, layer in zip(self.cache.layers, cache.layers, strict=True):
                 if isinstance(layer, FoldedLayer):
                     layer.columns = length
-                else:
-                    _scatter_stock(mine, layer, b, length)
+                _scatter_stock(mine, layer, b, length)
             cache.guard.free()
         self._caches = []
 
@@ -110,7 +108,7 @@ def _folds(layer: Any) -> bool:
 
 
 def _gather_stock(layer: Any, rows: Sequence[Any], columns: int) -> None:
-    """Give a layer of stock kind the rows' tensors, one above the other; shorter sliding windows padded on the left.
+    """Give a layer the rows' tensors of stock kind, one above the other; shorter sliding windows padded on the left.
 
     The rows' own layers hold none meanwhile: states of hybrids are large.
     """
@@ -122,7 +120,7 @@ def _gather_stock(layer: Any, rows: Sequence[Any], columns: int) -> None:
         layer.cumulative_length = columns
         for x in rows:
             x.keys = x.values = None
-    elif isinstance(layer, LinearAttentionLayer):
+    if isinstance(layer, LinearAttentionLayer):
         for name in ("conv_states", "recurrent_states"):
             setattr(layer, name, {i: _rows([getattr(x, name)[i] for x in rows]) for i in getattr(layer, name)})
             for x in rows:
@@ -143,7 +141,6 @@ def _scatter_stock(batch: Any, layer: Any, row: int, length: int) -> None:
         kept = min(length, batch.keys.shape[2])
         layer.keys, layer.values = (x[row : row + 1, :, -kept:].clone() for x in (batch.keys, batch.values))
         layer.cumulative_length = length
-        return
     if not isinstance(layer, LinearAttentionLayer):
         return
     for name in ("conv_states", "recurrent_states"):

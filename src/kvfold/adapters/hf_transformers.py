@@ -1,4 +1,4 @@
-"""transformers: a FoldedCache for `past_key_values`. The attention that reads it is in hf_attention.
+"""transformers: a FoldedCache for `past_key_values`. Its layers are in hf_layers, the attention that reads them in hf_attention.
 
 The oldest and the newest transformers that the tests ran with are 5.17 and 5.23.
 """
@@ -6,164 +6,32 @@ The oldest and the newest transformers that the tests ran with are 5.17 and 5.23
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicCache,
-    DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
 
-from kvfold.adapters.hf_attention import Handle, LazyMask, Runs, attach, detach, no_gradients, no_pads, register
+from kvfold.adapters.hf_attention import attach, detach, no_gradients, register
+from kvfold.adapters.hf_families import LATENT, NOT_FOLDED
+from kvfold.adapters.hf_layers import FOLDED, STOCK_LAYERS, FoldedHybridLayer, FoldedLayer, HybridWindowLayer, eager
+from kvfold.adapters.hf_state import tensor_bytes
 from kvfold.adapters.hf_weights import weights_bytes
 from kvfold.cache.fidelity import Fidelity
 from kvfold.cache.guard import CallGuard
-from kvfold.cache.layer import FoldedAttention
 from kvfold.config import CacheSpec
 from kvfold.dispatch import ENGINES
-from kvfold.engine.request import AttendRequest
-from kvfold.engine.select import make_engine
-from kvfold.engine.variant import PLAIN, Variant
 from kvfold.errors import CannotTrim, InvalidConfig, Unsupported
 from kvfold.planner.architecture import variant_of
 from kvfold.profiles import load
 
 __all__ = ["FoldedCache", "FoldedLayer", "attach", "detach", "register"]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-# Nothing between `update` and the end of attention can be traced: pages are bytes behind handles.
-_eager: Callable[[F], F] = torch.compiler.disable(
-    reason="kvfold: a folded cache cannot be compiled into a full graph; leave fullgraph off, or use a stock cache"
-)
-
-
-class FoldedLayer(CacheLayerMixin):
-    """A full-attention layer of a FoldedCache."""
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, spec: CacheSpec, layer: int, backend: str, guard: CallGuard, variant: Variant = PLAIN) -> None:
-        super().__init__()
-        self.folded = FoldedAttention(spec, layer, functools.partial(make_engine, backend), variant)
-        self.guard = guard
-        self.columns = 0  # tokens of the batch as the host counts them: padding included
-        self.holes: list[Runs] = []  # which columns of each row are padding
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.folded.prepare(key_states, value_states)
-        if len(self.holes) != len(key_states):
-            self.holes = [[] for _ in range(len(key_states))]
-        self.is_initialized = True
-
-    @property
-    def latent(self) -> bool:
-        """Whether keys are latents and values their rotary parts: see engine.variant."""
-        return self.folded.variant.latent
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, call: int = 0, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        """Two handles for the attention function. Nothing is stored before its attention was computed."""
-        if self.latent and key_states.shape[1] != 1:
-            raise Unsupported("this transformers expands latents (MLA) before caching them", "Upgrade transformers")
-        self.lazy_initialization(key_states, value_states)
-        handle = Handle(self, call, key_states, value_states)
-        return handle, handle
-
-    @_eager
-    def attend(self, handle: Handle, call: AttendRequest, mask: LazyMask | None) -> Tensor:
-        """Attention [B, H * G, Q, D] of the call behind a handle, which then belongs to the past."""
-        self.guard.begin(self.folded.layer, handle.call)
-        stored = False
-        try:
-            new = call.q.shape[2]
-            pads = mask.pads(new, self.columns, self.holes) if mask is not None else no_pads(self.holes)
-            out = self.folded.attend(call.q, call.k, call.v, pads, call.scale, call.softcap, call.sink_logits)
-            for runs, n in zip(self.holes, pads, strict=True):
-                if n:
-                    start = runs.pop()[0] if runs and runs[-1][1] == self.columns else self.columns
-                    runs.append((start, self.columns + n))
-            self.columns += new
-            stored = True
-        finally:
-            self.guard.end(self.folded.layer, stored)
-        return out
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name other libraries still ask for
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest -n columns; a positive n is the length to keep, as transformers once had it."""
-        n = int(-tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove))
-        if n > self.columns:
-            raise CannotTrim(f"cannot remove {n} of {self.columns} tokens", "Crop at most what the cache holds")
-        keep = self.columns - n
-        padding = [sum(stop - max(start, keep) for start, stop in runs if stop > keep) for runs in self.holes]
-        self.folded.trim([n - p for p in padding])
-        self.holes = [[(a, min(b, keep)) for a, b in runs if a < keep] for runs in self.holes]
-        self.columns = keep
-
-    def _select(self, rows: list[int]) -> None:
-        if self.folded.sequences:
-            self.folded.select(rows)
-            self.holes = [list(self.holes[r]) for r in rows]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select([r for r in range(len(self.holes)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(torch.arange(len(self.holes))[indices.cpu()].tolist())
-
-    def reset(self) -> None:
-        self.folded.clear()
-        self.columns, self.holes = 0, []
-
-    def offload(self) -> None:
-        raise Unsupported("a folded cache does not offload", "It is a fifth of the size; leave offloading off")
-
-    prefetch = offload
-
-    def fork(self, guard: CallGuard, compact: bool = False) -> FoldedLayer:
-        """An independent continuation that shares folded pages."""
-        other = copy.copy(self)
-        other.folded, other.guard = self.folded.compact() if compact else self.folded.fork(), guard
-        other.holes = [list(runs) for runs in self.holes]
-        return other
-
-
-# Families whose attention reads what the cache returns in another way than through an attention function.
-CHANGES_KEYS = ("diffllama", "doge", "jetmoe")
-# Families of multi-head latent attention that the tests hold to the stock cache.
-LATENT = ("bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "minicpm3", "youtu")
-# Layers of other kinds stay as transformers has them: their memory is bounded.
-STOCK_LAYERS = (
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-    getattr(cache_utils, "DummyLayer", LinearAttentionLayer),
-)
 
 
 class FoldedCache(Cache):
@@ -187,19 +55,25 @@ class FoldedCache(Cache):
             raise Unsupported(
                 f"{text.model_type} caches a latent (MLA) in a way that was not tested", "Use the stock cache"
             )
-        if text.model_type in CHANGES_KEYS:
-            raise Unsupported(f"{text.model_type} changes keys after caching them", "Use the stock cache for it")
+        if text.model_type in NOT_FOLDED:
+            raise Unsupported(f"{text.model_type} {NOT_FOLDED[text.model_type]}", "Use the stock cache for it")
         layers: list[Any] = DynamicCache(config=config).layers
         if not layers:
             raise InvalidConfig("this config describes no cache layers", "Pass the config of a decoder model")
+        if all(type(x) is LinearAttentionLayer for x in layers):
+            raise Unsupported(
+                f"no layer of this {text.model_type} keeps keys and values",
+                "There is nothing to fold: use its own cache",
+            )
         # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
-        counted = [i for i, x in enumerate(layers) if not isinstance(x, LinearAttentionLayer)]
+        counted = [i for i, x in enumerate(layers) if isinstance(x, CacheLayerMixin)]
         self.guard = CallGuard(counted[-1] if counted else -1)
         variant = variant_of(text.to_dict(), slides=False)
         own = self.spec.for_latents() if variant.latent else self.spec
         for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                layers[i] = FoldedLayer(own, i, backend, self.guard, variant)
+            if (kind := FOLDED.get(type(layer))) is not None:
+                states = getattr(layer, "number_of_states", 0)
+                layers[i] = kind(own, i, backend, self.guard, variant, states)
             elif type(layer) not in STOCK_LAYERS:
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         super().__init__(layers=layers)
@@ -219,7 +93,7 @@ class FoldedCache(Cache):
             self.guard.before = (self.get_seq_length(), sliding)
         return call
 
-    @_eager
+    @eager
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
@@ -244,9 +118,10 @@ class FoldedCache(Cache):
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, *args, **kwargs)
 
     def _enter_linear(self, layer: int, states: Tensor, part: str) -> None:
-        if layer < self.guard.last:
+        # In a last layer that has both, the state may come before attention, which ends the call, or after it.
+        if layer < self.guard.last or (layer == self.guard.last and self.guard.at >= 0):
             self._enter(layer, states, part)
-            self.guard.stored.add(layer)
+            self.guard.moved.add(layer)
 
     def rollback(self) -> None:
         """Drop the tokens of a call that failed half-way, where only some layers hold them.
@@ -258,14 +133,13 @@ class FoldedCache(Cache):
             if columns == 0:
                 self.reset()
                 return
-            stored = [(i, self.layers[i]) for i in self.guard.stored]
-            if any(isinstance(x, LinearAttentionLayer) for _, x in stored):
+            if self.guard.moved:
                 raise CannotTrim(
                     "a linear-attention layer has taken the unfinished call into its state",
                     "Continue from a fork made before the call, or reset() the cache and prefill again",
                 )
-            for i, x in stored:
-                if isinstance(x, FoldedLayer):
+            for i in self.guard.stored:
+                if isinstance(x := self.layers[i], FoldedLayer):
                     x.crop(columns - x.columns)
                 else:
                     vars(x).update(sliding[i])
@@ -289,10 +163,12 @@ class FoldedCache(Cache):
         self.guard.clear()
         for x in self.layers:
             # Stock layers would keep zeroed tensors of the old batch.
-            if isinstance(x, DynamicSlidingWindowLayer):
+            if type(x) is DynamicSlidingWindowLayer:
                 x.__init__(x.sliding_window)
-            elif isinstance(x, LinearAttentionLayer):
+            elif type(x) is LinearAttentionLayer:
                 x.__init__(x.number_of_states)
+            elif type(x) is HybridWindowLayer:
+                x.__init__(x.sliding_window, x.number_of_states)
             else:
                 x.reset()
 
@@ -318,17 +194,22 @@ class FoldedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Every byte allocated for the context, of folded and of stock layers."""
-        return sum(x.folded.nbytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+        return sum(x.folded.nbytes for x in self.folded_layers) + self._stock_bytes
+
+    @property
+    def _stock_bytes(self) -> int:
+        """Of everything that is held as transformers holds it."""
+        return sum(tensor_bytes(x) for x in self.layers)
 
     @property
     def used_bytes(self) -> int:
         """What this cache's own tokens need, where `nbytes` counts all of the pools that it shares with others."""
-        return sum(x.folded.used_bytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+        return sum(x.folded.used_bytes for x in self.folded_layers) + self._stock_bytes
 
     @property
     def unshared_bytes(self) -> int:
         """`used_bytes` without pages, which forks share."""
-        return sum(x.folded.exact_bytes if isinstance(x, FoldedLayer) else _tensor_bytes(x) for x in self.layers)
+        return sum(x.folded.exact_bytes for x in self.folded_layers) + self._stock_bytes
 
     @property
     def reference_bytes(self) -> int:
@@ -344,9 +225,9 @@ class FoldedCache(Cache):
         layers = []
         for i, x in enumerate(self.layers):
             if isinstance(x, FoldedLayer):
-                layers.append(x.folded.report())
+                layers.append({**(row := x.folded.report()), **_with_states(x, row["bytes"])})
             else:
-                layers.append({"layer": i, "kind": type(x).__name__, "bytes": _tensor_bytes(x)})
+                layers.append({"layer": i, "kind": type(x).__name__, "bytes": tensor_bytes(x)})
         folded_bytes = sum(x.folded.nbytes for x in self.folded_layers)
         return {
             "profile": self.profile,
@@ -361,11 +242,7 @@ class FoldedCache(Cache):
         }
 
 
-def _tensor_bytes(layer: Any) -> int:
-    """Bytes of the tensors a stock cache layer holds, in attributes or in dicts of states."""
-    seen: dict[int, int] = {}
-    for x in vars(layer).values():
-        for t in x.values() if isinstance(x, dict) else (x,):
-            if isinstance(t, Tensor):
-                seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-    return sum(seen.values())
+def _with_states(layer: FoldedLayer, folded: int) -> dict[str, int]:
+    """What a folded layer's row in a report says of the state beside it."""
+    states = tensor_bytes(layer)
+    return {"bytes": folded + states, "state_bytes": states} if isinstance(layer, FoldedHybridLayer) else {}

@@ -20,6 +20,7 @@ class CallGuard:
         self.at = -1  # last layer that was entered, -1 between calls
         self._entered: set[tuple[int, str]] = set()
         self.stored: set[int] = set()  # layers that already hold the tokens of the call under way
+        self.moved: set[int] = set()  # layers whose running state has taken them in
         self.before: Any = None  # what the cache remembers of its state before the call under way
         self.busy = False
         self._lock = threading.Lock()
@@ -37,7 +38,7 @@ class CallGuard:
                 raise _overlap()
             new = self.at < 0 or layer < self.at or (layer, part) in self._entered
             if new:
-                if self.stored:
+                if self.unfinished:
                     raise _unfinished()
                 self._idle()
             self.at = layer
@@ -76,16 +77,17 @@ class CallGuard:
         self.call += 1
         self.at, self.before = -1, None
         self.stored.clear()
+        self.moved.clear()
         self._entered.clear()
 
     @property
     def unfinished(self) -> bool:
-        return bool(self.stored)
+        return bool(self.stored or self.moved)
 
     def _check(self) -> None:
         if self.busy:
             raise _overlap()
-        if self.stored:
+        if self.unfinished:
             raise _unfinished()
 
     def check(self) -> None:
@@ -104,12 +106,12 @@ class CallGuard:
             self.busy = False
             self._idle()
 
-    def fail(self, stored: set[int], before: Any) -> None:
-        """Like `free`, after work that left its tokens in the layers `stored`: a call that did not finish."""
+    def fail(self, moved: set[int], before: Any) -> None:
+        """Like `free`, after work that left its tokens in the running states of layers: a call that did not finish."""
         with self._lock:
             self.busy = False
             self._idle()
-            self.stored, self.before = set(stored), before
+            self.moved, self.before = set(moved), before
 
     def clear(self) -> None:
         """Forget the call under way; whatever still runs in it is refused."""

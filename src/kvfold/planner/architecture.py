@@ -55,6 +55,9 @@ FULL_EVERY = {
 }
 
 
+# Attentions in each of a config's `num_layers`, where there are several.
+ATTENTIONS = {"longcat_flash": 2}
+
 # Families whose layers have a learned logit in their softmax: no config says so.
 SINK_LOGITS = {
     **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa"), ("full", "sliding")),
@@ -122,7 +125,8 @@ def _kinds(text: Config, name: str) -> list[str]:
         else number(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
     )
     if types is None:
-        types = [_type_of(text, name, i) for i in range(count)]
+        each = 1 if text.get("num_hidden_layers") else ATTENTIONS.get(name, 1)
+        types = [_type_of(text, name, i) for i in range(count * each)]
     unknown = sorted({t for t in types if t not in KINDS})
     if unknown:
         raise UnsupportedModel(f"layers of type {unknown[0]!r} ({name}) are not known", "Use the stock cache for it")
@@ -167,7 +171,7 @@ def _layer(text: Config, kind: str, i: int, heads: int, hidden: int) -> Layer:
     slides = kind in ("sliding", "chunked", "hybrid_sliding")
     attention = _attention(text, i, heads, hidden, slides)
     if kind in ("hybrid", "hybrid_sliding"):
-        return Layer("hybrid", attention, running_state(text, hidden))
+        return Layer(kind, attention, running_state(text, hidden))
     return Layer(kind, attention)
 
 

@@ -44,7 +44,8 @@ class State:
 
 @dataclass(frozen=True)
 class Layer:
-    """kind: full, latent, sliding, chunked, linear, conv, hybrid, shared (reads another layer's keys) or none."""
+    """kind: full, latent, sliding, chunked, linear, conv, hybrid or hybrid_sliding (attention and a running state), shared
+    (reads another layer's keys) or none."""
 
     kind: str
     attention: Attention | None = None

@@ -25,6 +25,8 @@ def running_state(text: Config, hidden: int) -> tuple[State, ...]:
         return _delta_net(text)
     if isinstance(text.get("linear_attn_config"), Mapping) or "linear_num_heads" in text:
         return _kimi(text)
+    if "cca_time0" in text:
+        return _zaya(text)
     if _first(text, "mamba_n_groups", "mamba_ngroups", "n_groups"):
         return _mamba_2(text, hidden)
     if "mamba_d_state" in text:
@@ -66,6 +68,14 @@ def _kimi(text: Config) -> tuple[State, ...]:
     dim = _first(own, "head_dim") or _first(text, "linear_head_dim")
     kernel = _first(own, "short_conv_kernel_size") or _first(text, "linear_conv_kernel_dim", default=4)
     return _states(3 * heads * dim * kernel, heads * dim * dim)
+
+
+def _zaya(text: Config) -> tuple[State, ...]:
+    """Compressed convolutional attention: the last inputs of two short convolutions over queries and keys, and half of the
+    last token's value, all in the model's dtype."""
+    keys, dim = int(text["num_key_value_heads"]), int(text["head_dim"])
+    inputs = int(text["cca_time0"]) + int(text["cca_time1"]) - 2
+    return State("conv", (int(text["num_attention_heads"]) + keys) * dim * inputs), State("value", keys * dim // 2)
 
 
 def _mamba_2(text: Config, hidden: int) -> tuple[State, ...]:

@@ -23,7 +23,7 @@ def info(folder: Path) -> dict[str, Any]:
         sizes = {name: _size(folder / name) for name in made.files}
         when = (folder / manifest.NAME).stat().st_mtime
     layers = [made.layers[i] for i in made.folded_layers]
-    values = sum(2 * x.kv_heads * x.head_dim * PAGE_TOKENS for x in layers)
+    values = sum(x.kv_heads * sum(x.dims) * PAGE_TOKENS for x in layers)
     pages = -(-made.state.folded // PAGE_TOKENS)
     return {
         "tokens": made.state.length,

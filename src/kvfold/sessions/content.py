@@ -97,8 +97,9 @@ def _checked(folder: Path, state: State, made: Manifest) -> tuple[Tensors, dict[
     for i in made.folded_layers:
         x = made.layers[i]
         k, v = (tensors.get(f"layers.{i}.{name}", torch.empty(0)) for name in ("keys", "values"))
-        fits = k.dim() == 3 and k.shape == v.shape and k.dtype == v.dtype == getattr(torch, x.dtype, None)
-        if not fits or (k.shape[0], k.shape[2]) != (x.kv_heads, x.head_dim) or not least <= k.shape[1] <= most:
+        fits = k.dim() == v.dim() == 3 and k.dtype == v.dtype == getattr(torch, x.dtype, None)
+        shapes = [(x.kv_heads, k.shape[1], dim) for dim in x.dims] if fits else []
+        if [tuple(k.shape), tuple(v.shape)] != shapes or not least <= k.shape[1] <= most:
             raise DamagedSession.at(f"{state.file} has keys of shape {list(k.shape)} in layer {i}", 0)
     if len(tensors.get("tokens", ())) != state.length - state.folded // PAGE_TOKENS * PAGE_TOKENS:
         raise DamagedSession.at(f"{state.file} lacks tokens", 0)

@@ -104,16 +104,16 @@ class _Assembly:
             own = {n.removeprefix(f"layers.{i}."): t for n, t in tensors.items() if n.startswith(f"layers.{i}.")}
             own = {n: t.to(self.runner.devices[i], copy=True) for n, t in own.items()}
             if isinstance(x, FoldedLayer):
-                self._fill_layer(x, i, length, state.folded, (own["keys"], own["values"]))
-            else:
+                self._fill_layer(x, i, length, state.folded, (own.pop("keys"), own.pop("values")))
+            if str(i) in numbers:
                 fill(x, own, numbers[str(i)])
         return self.content.tokens[: state.folded // PAGE_TOKENS * PAGE_TOKENS] + tensors["tokens"].tolist()
 
     def _fill_pages(self, cache: FoldedCache, length: int) -> list[int]:
         """An empty cache gets whole pages and nothing else, as a trim into pages would leave it."""
         for i, x in enumerate(cache.layers):
-            empty = x.folded.sequences[0].ring_k[:, :0]
-            self._fill_layer(x, i, length, length, (empty, empty))
+            s = x.folded.sequences[0]
+            self._fill_layer(x, i, length, length, (s.ring_k[:, :0], s.ring_v[:, :0]))
         return self.content.tokens[:length]
 
     def _fill_layer(self, layer: FoldedLayer, i: int, length: int, folded: int, exact: tuple[Tensor, Tensor]) -> None:

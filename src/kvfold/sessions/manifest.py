@@ -45,13 +45,22 @@ class State:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the cache. Folded ones say what their pages are made of; of others the state file has everything."""
+    """A layer of the cache. Folded ones say what their pages are made of; of others the state file has everything.
+
+    head_dim: of keys, and of values unless value_dim says otherwise.
+    """
 
     kind: str
     kv_heads: int = 0
     head_dim: int = 0
     dtype: str = ""
     page_bytes: int = 0
+    value_dim: int = 0
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Of keys and of values."""
+        return self.head_dim, self.value_dim or self.head_dim
 
 
 @dataclass(frozen=True)

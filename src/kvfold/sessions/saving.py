@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
 from kvfold.adapters.hf_state import numbers_of, tensors_of
 from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer
 from kvfold.config import PAGE_TOKENS
-from kvfold.errors import SessionExists, Unsupported
+from kvfold.errors import SessionExists
 from kvfold.sessions import files, manifest
 from kvfold.sessions.manifest import Layer, Manifest, Segment, State
 from kvfold.sessions.segments import Tensors, write_pages, write_state
@@ -125,13 +126,8 @@ def describe(layer: Any) -> Layer:
     if not isinstance(layer, FoldedLayer):
         return Layer(type(layer).__name__)
     heads, dim, dtype, _ = layer.folded.shape
-    if layer.folded.value_dim != dim:
-        raise Unsupported(
-            f"layer {layer.folded.layer} has keys of {dim} and values of {layer.folded.value_dim} numbers, which the session "
-            "format does not describe",
-            "Keep this model's sessions in memory",
-        )
-    return Layer("folded", heads, dim, str(dtype).removeprefix("torch."), layer.folded.canonical_page_bytes)
+    value_dim = layer.folded.value_dim if layer.folded.value_dim != dim else 0
+    return Layer("folded", heads, dim, str(dtype).removeprefix("torch."), layer.folded.canonical_page_bytes, value_dim)
 
 
 def _pages(cache: FoldedCache) -> int:
@@ -216,11 +212,12 @@ def _state(folder: Path, cache: FoldedCache, tokens: list[int]) -> State:
     folded = max((x.folded.sequences[0].folded for x in cache.folded_layers), default=0)
     length = cache.get_seq_length()
     for i, x in enumerate(cache.layers):
+        own: Tensors = {}
         if isinstance(x, FoldedLayer):
             k, v = x.folded.sequences[0].exact()
             own = {"keys": k, "values": v}
-        else:
-            own, numbers[str(i)] = tensors_of(x), numbers_of(x)
+        if not isinstance(x, FoldedLayer) or isinstance(x, LinearAttentionLayer):
+            own, numbers[str(i)] = {**own, **tensors_of(x)}, numbers_of(x)
         tensors |= {f"layers.{i}.{name}": t.detach().cpu().contiguous() for name, t in own.items()}
     tensors["tokens"] = torch.tensor(tokens[folded // PAGE_TOKENS * PAGE_TOKENS : length], dtype=torch.int32)
     return write_state(folder, length, folded, tensors, numbers)

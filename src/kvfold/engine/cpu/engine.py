@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold.codebook import table
+from kvfold.codebook.trellis import code
 from kvfold.config import PAGE_TOKENS, CacheSpec, SideSpec
 from kvfold.engine.cpu import library, trellis
 from kvfold.engine.on_torch import TorchEngine
@@ -47,13 +48,16 @@ def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torc
 
 
 def _side(spec: SideSpec, dim: int) -> library.Side:
-    side = library.Side()
+    side = library.Side(scale_rule=library.SCALE_RULES.index(spec.scale))
     if spec.codec == "trellis":
-        side.trellis = ctypes.pointer(trellis.reader(spec.bits))
+        side.trellis, side.search = (
+            ctypes.pointer(trellis.reader(spec.bits)),
+            ctypes.pointer(trellis.search(code(spec.bits))),
+        )
+        side.step = code(spec.bits).step
         return side
     book = table(spec.codec, int(spec.bits), dim)
     side.bits, side.searches, side.step = int(spec.bits), spec.search, float(book.step)
-    side.scale_rule = library.SCALE_RULES.index(spec.scale)
     side.levels[: len(book.levels)] = [int(v) for v in book.levels]
     side.thresholds[: len(book.thresholds)] = [float(v) for v in book.thresholds]
     return side
@@ -133,13 +137,6 @@ class CpuEngine:
 
         Raises NonFiniteInput if a vector holds NaN or infinity or its scale exceeds float16; `out` is then undefined.
         """
-        if "trellis" in (self.spec.key.codec, self.spec.value.codec):
-            # The search is native and takes nearly all of the time.
-            rows_of_files = torch.empty(len(out), self.layout.page_bytes, dtype=torch.uint8)
-            self.canonical.fold(keys, values, first, list(rows_of_files), state)
-            for row, canonical in zip(out, rows_of_files, strict=True):
-                row.copy_(self.from_canonical(canonical))
-            return
         keys, values = _dense(keys), _dense(values.to(keys.dtype))
         rows = (ctypes.c_uint64 * len(out))(*(row.data_ptr() for row in out))
         status = library.call("kvf_fold")(

@@ -1,4 +1,4 @@
-"""The native library: where it lies, whether it loads, which SIMD levels it has. Mirrors csrc/kvfold_cpu.h."""
+"""The native library: where it lies, whether it loads, which SIMD levels it has. Mirrors the headers of csrc/."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_int64, c_uint8, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int16, c_int32, c_int64, c_uint8, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvfold.errors import InvalidConfig, NoImplementation
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LEVEL_VARIABLE = "KVFOLD_CPU_LEVEL"
 OK, UNSUPPORTED, NON_FINITE, NO_LEVEL, NO_MEMORY = range(5)
 SCALE_RULES = ("norm", "unbiased", "least-squares", "match")
@@ -30,6 +30,21 @@ class TrellisReader(Structure):
     )
 
 
+class Trellis(Structure):
+    _fields_ = (
+        ("period", c_int32),
+        ("width", c_int32 * 4),
+        ("index", c_void_p * 4),
+        ("levels", c_int32),
+        ("level", c_int16 * 64),
+        ("grid", c_int32),
+        ("clip", c_int32),
+        ("shift", c_int32),
+        ("gain", c_float),
+        ("starts", c_uint64),
+    )
+
+
 class Side(Structure):
     _fields_ = (
         ("bits", c_int32),
@@ -39,6 +54,7 @@ class Side(Structure):
         ("thresholds", c_float * 15),
         ("levels", c_int8 * 16),
         ("trellis", POINTER(TrellisReader)),
+        ("search", POINTER(Trellis)),
     )
 
 

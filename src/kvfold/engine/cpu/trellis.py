@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from ctypes import POINTER, Structure, c_int16, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_int32, c_int64, c_void_p
 
 import numpy as np
 import torch
@@ -14,22 +14,7 @@ from kvfold.codebook.trellis import STATE_BITS, Code, code
 from kvfold.engine.cpu import library
 from kvfold.errors import NoImplementation
 
-PERIOD, LEVELS = 4, 64
-
-
-class Trellis(Structure):
-    _fields_ = (
-        ("period", c_int32),
-        ("width", c_int32 * PERIOD),
-        ("index", c_void_p * PERIOD),
-        ("levels", c_int32),
-        ("level", c_int16 * LEVELS),
-        ("shift", c_int32),
-        ("starts", c_uint64),
-    )
-
-
-ARGUMENTS = [POINTER(Trellis), c_int32, c_int32, c_void_p, c_int64, c_int32, c_void_p, c_void_p]
+ARGUMENTS = [POINTER(library.Trellis), c_int32, c_int32, c_void_p, c_int64, c_int32, c_void_p, c_void_p]
 
 
 @functools.cache
@@ -52,15 +37,9 @@ def viterbi(x: Tensor, book: Code, level: str | None = None) -> tuple[Tensor, Te
     x = x.to(torch.int16).contiguous()
     symbols = torch.empty(x.shape, dtype=torch.uint8)
     starts = torch.empty(len(x), dtype=torch.uint8)
-    native = Trellis(
-        period=book.period, levels=len(book.levels), shift=book.shift, starts=sum(1 << s for s in book.starts)
-    )
-    native.width[: book.period] = book.widths
-    native.index[: book.period] = [index.ctypes.data for index in book.index]
-    native.level[: len(book.levels)] = [v * book.grid for v in book.levels]
     chosen = library.choose_level(level).index
     status = library.call("kvf_trellis_encode")(
-        native,
+        search(book),
         chosen,
         library.default_threads(),
         x.data_ptr(),
@@ -71,6 +50,32 @@ def viterbi(x: Tensor, book: Code, level: str | None = None) -> tuple[Tensor, Te
     if status != library.OK:
         raise NoImplementation.of("the trellis search", [("cpu", [f"the native library answered {status}"])])
     return symbols, starts
+
+
+@functools.cache
+def _indices(book: Code) -> tuple[list[int], list[NDArray[np.uint8]]]:
+    """The different levels of a code, and per phase the place of every window's level among them."""
+    levels, place = np.unique(np.array(book.levels), return_inverse=True)
+    return levels.tolist(), [np.ascontiguousarray(place[i], np.uint8) for i in book.index]
+
+
+@functools.cache
+def search(book: Code) -> library.Trellis:
+    """What the native library searches a code with. Kept, since the library borrows it."""
+    levels, index = _indices(book)
+    out = library.Trellis(
+        period=book.period,
+        levels=len(levels),
+        grid=book.grid,
+        clip=book.clip,
+        shift=book.shift,
+        gain=float(book.gain),
+        starts=sum(1 << s for s in book.starts),
+    )
+    out.width[: book.period] = book.widths
+    out.index[: book.period] = [i.ctypes.data for i in index]
+    out.level[: len(levels)] = [v * book.grid for v in levels]
+    return out
 
 
 def _reversed(value: int, bits: int) -> int:
