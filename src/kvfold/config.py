@@ -26,7 +26,10 @@ CODEC_BITS: dict[str, tuple[float, ...]] = {
     "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
 }
 SCALED_CODECS = ("mse", "uniform", "split", "trellis")
-SEARCHED_CODECS = ("mse", "uniform", "split")
+SEARCHED_CODECS = ("mse", "uniform", "split", "trellis")
+
+
+TUNED = "tuned"  # its bits are an average over channels that a basis names
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,11 @@ class SideSpec:
     codec: one of CODEC_BITS. bits: nominal width per value (scales not counted, except in `split` and `polar`, whose
     names count everything). scale: how one stored scale per vector is chosen (SCALED_CODECS only): `norm` keeps
     the vector's length times the codebook (paper), `unbiased` makes <x, x_hat> = |x|^2, `least-squares` minimises the
-    error, `match` makes |x_hat| = |x|. search: how many codebook grids the encoder tries per vector, 1 or 3.
+    error, `match` makes |x_hat| = |x|. search: how many codebook grids the encoder tries per vector, 1 or 3; `trellis`
+    searches its paths once for each.
     rotation: `hadamard` (seeded signs) or `dense` (paper). sketch: the matrix whose signs `prod` and `qjl` keep:
-    `gaussian` (paper), or `orthogonal`, unbiased too and of less variance.
+    `gaussian` (paper), or `orthogonal`, unbiased too and of less variance. basis: of codec `tuned`, the digest of the file
+    that has a model's bases and the bits of their channels, of which `bits` is the average over this side.
     """
 
     codec: str = "mse"
@@ -47,11 +52,19 @@ class SideSpec:
     rotation: str = "hadamard"
     search: int = 1
     sketch: str = "gaussian"
+    basis: str = ""
 
     def __post_init__(self) -> None:
-        if self.codec not in CODEC_BITS:
+        if (self.codec == TUNED) != bool(self.basis):
+            raise InvalidConfig(
+                f"codec {self.codec!r} with the basis {self.basis!r}", "Load the profile that kvfold tune wrote"
+            )
+        if self.codec == TUNED:
+            if not 0.25 <= self.bits <= 4:
+                raise InvalidConfig(f"codec 'tuned' has no width {self.bits:g}", "Use 0.25 to 4 bits")
+        elif self.codec not in CODEC_BITS:
             raise UnknownCodec(f"unknown codec {self.codec!r}", f"Use one of: {', '.join(CODEC_BITS)}")
-        if self.bits not in CODEC_BITS[self.codec]:
+        elif self.bits not in CODEC_BITS[self.codec]:
             widths = ", ".join(f"{b:g}" for b in CODEC_BITS[self.codec])
             raise InvalidConfig(f"codec {self.codec!r} has no width {self.bits:g}", f"Its widths are: {widths}")
         if self.scale not in SCALES:
@@ -61,7 +74,7 @@ class SideSpec:
         ):
             raise InvalidConfig(
                 f"search {self.search} does not go with codec {self.codec!r} and scale {self.scale!r}",
-                "Use 1, or 3 with codec 'mse' or 'uniform' and a scale other than 'norm'",
+                "Use 1, or 3 with codec 'trellis', 'mse' or 'uniform' and a scale other than 'norm'",
             )
         if self.codec == "trellis" and self.rotation != "hadamard":
             raise InvalidConfig("codec 'trellis' has no dense rotation", "Use rotation 'hadamard'")

@@ -33,6 +33,7 @@ STAGES = (
     ("loading",),
     ("diagnosis",),
     ("evaluation", "bench"),
+    ("tuning",),
     ("sessions",),
     ("connectors",),
     ("serving",),
@@ -47,7 +48,9 @@ MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 9
 EXCEPTIONS = {
     "cli/generate.py:generate": "a third of it declares options",
     "cli/evaluate.py:eval_": "half of it declares options",
+    "cli/tune.py:tune": "half of it declares options",
     "bench/run.py:run": "one parameter per option of the bench command",
+    "engine/triton/kernels.py:finish": "a kernel's arguments: tensors, numbers, constants",
     "engine/cuda/arguments.py:sequence_words": "one parameter per word of the record that kernels read",
 }
 # Paths and addresses of a machine.

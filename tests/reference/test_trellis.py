@@ -91,6 +91,17 @@ def test_the_trellis_beats_nearest_levels_at_the_same_rate(bits: int) -> None:
     assert error < 0.8 * solve(bits, 128).mse
 
 
+@pytest.mark.parametrize(("bits", "gain"), [(2, 0.99), (2.5, 0.985), (3, 0.975), (3.5, 0.965)])
+def test_a_search_on_three_grids_loses_less(bits: float, gain: float) -> None:
+    x = directions(256, 128, 5)
+    errors = []
+    for search in (1, 3):
+        codec = build(SideSpec("trellis", bits, "least-squares", search=search), 128, 7)
+        errors.append(((codec.decode(codec.encode(x)) - x) ** 2).sum(-1))
+    assert errors[1].mean() < gain * errors[0].mean()
+    assert (errors[1] < errors[0] * 1.05).all()  # but for the rounding of scales, no vector is worse
+
+
 def test_a_trellis_that_constrains_nothing_does_not_beat_them() -> None:
     """Sister of the test above: an index of the newest symbol alone is nearest-level coding, and is seen to be."""
     real = code(2)
@@ -157,6 +168,6 @@ def test_what_has_no_form_is_refused() -> None:
     with pytest.raises(InvalidConfig, match="no width"):
         SideSpec("trellis", 5)
     with pytest.raises(InvalidConfig, match="search"):
-        SideSpec("trellis", 2, "unbiased", search=3)
+        SideSpec("trellis", 2, "norm", search=3)
     with pytest.raises(InvalidConfig, match=r"2\.25"):
         code(2.25)

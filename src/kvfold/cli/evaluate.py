@@ -40,6 +40,8 @@ def distortion(
     dim: Annotated[int, typer.Option(help="head_dim of the vectors.")] = 128,
     bits: Annotated[str | None, typer.Option(help="Widths, such as 1,2,3,4; not for fixed-rate codecs.")] = None,
     codec: Annotated[str, typer.Option(help="mse, uniform, trellis, prod, qjl, polar or split.")] = "mse",
+    scale: Annotated[str, typer.Option(help="norm, unbiased, least-squares or match.")] = "norm",
+    search: Annotated[int, typer.Option(help="Grids tried per vector: 1 or 3.")] = 1,
     json: common.Json = False,
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
@@ -47,7 +49,7 @@ def distortion(
     from kvfold.evaluation.distortion import measure
 
     widths = common.numbers([bits, *(more or [])], "--bits", whole=False) if bits is not None else []
-    rows = measure(dim, widths, codec)
+    rows = measure(dim, widths, codec, scale=scale, search=search)
     if json:
         common.show_json({"dim": dim, "rows": rows})
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +11,7 @@ from kvfold.cli import common
 from kvfold.cli.evaluate import read_text
 from kvfold.errors import InvalidConfig
 from kvfold.loading import Options, load
-from kvfold.profiles import Tolerance
+from kvfold.profiles import Profile, Tolerance
 from kvfold.profiles import load as load_profile
 
 
@@ -29,12 +29,19 @@ def tune(
     context: Annotated[
         str | None, typer.Option(help="With --memory: tokens the cache holds; default: the model's longest.")
     ] = None,
+    tuned: Annotated[
+        str | None,
+        typer.Option(help="Instead: bits per channel in the model's own bases, as many as this level has: extreme."),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text to measure on; documents separated by NUL. Default: shipped docs.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the profile to this file, for --profile FILE.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="How many windows.")] = 4,
     window_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    basis_windows: Annotated[
+        int, typer.Option(min=1, help="With --tuned: more windows, which bases are made of.")
+    ] = 12,
     dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
     revision: common.Revision = None,
     device: common.Device = None,
@@ -43,17 +50,24 @@ def tune(
     offline: common.Offline = False,
     json: common.Json = False,
 ) -> None:
-    """The smallest profile that loses no more than is allowed, or the closest that fits, on your model and your text."""
+    """The smallest profile that loses no more than is allowed, or the closest that fits, on your model and your text; or
+    with --tuned a level's own bits, shared out among the channels of your model."""
     if output is not None and output.suffix != ".toml":
         raise InvalidConfig(f"{output} does not end with .toml", "Name the file something.toml")
     limits = Tolerance(0.005 if max_kld is None else max_kld, 0.95 if min_top1 is None else min_top1)
     room = _room(memory, context)
+    level = _level(tuned, output, (max_kld, min_top1, memory))
     content = read_text(text)
     loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, None, offline))
     from kvfold.evaluation import gate
     from kvfold.evaluation.text import windows as cut
 
     parts = cut(content, loaded.tokenizer, windows, window_tokens, 0)
+    where = f"{windows} windows of {window_tokens} tokens of {text.name if text else 'the shipped docs'}"
+    if level is not None and output is not None:
+        seen = cut(content, loaded.tokenizer, basis_windows, window_tokens, windows)
+        _tuned(loaded.model, level, output, (seen, parts), f"{where}, bases on {basis_windows} others", json)
+        return
     with common.progress("scoring") as report:
         if room is None:
             name, rows = gate.smallest(loaded.model, parts, limits, report)
@@ -63,7 +77,6 @@ def tune(
             name, rows = gate.closest(loaded.model, parts, gate.fitting(loaded.model, *room), given, report)
             promised, why = given or gate.stated(load_profile(name)), f"The closest profile within {memory}."
     if output is not None:
-        where = f"{windows} windows of {window_tokens} tokens of {text.name if text else 'the shipped docs'}"
         row = next(r for r in rows if r["profile"] == name)
         output.write_text(gate.as_toml(name, promised, row, where, why), encoding="utf-8")
     if json:
@@ -80,6 +93,39 @@ def _room(memory: str | None, context: str | None) -> tuple[int | None, int] | N
         return None
     tokens = common.numbers([context], "--context", whole=True)[0] if context is not None else None
     return tokens, common.size(memory, "--memory")
+
+
+def _level(name: str | None, output: Path | None, others: tuple[object, ...]) -> Profile | None:
+    """The level to be tuned, if any."""
+    if name is None:
+        return None
+    if any(x is not None for x in others):
+        raise InvalidConfig("--tuned keeps a level's bits and asks for nothing else", "Leave the other limits out")
+    if output is None:
+        raise InvalidConfig("a tuned profile is a file, and one of its bases beside it", "Give --output NAME.toml")
+    return load_profile(name)
+
+
+def _tuned(
+    model: Any, level: Profile, output: Path, parts: tuple[list[list[int]], list[list[int]]], where: str, json: bool
+) -> None:
+    from kvfold.tuning.choice import as_toml, check, choose
+    from kvfold.tuning.statistics import collect
+
+    check(level.spec)
+    seen, judged = parts
+    with common.progress("following gradients") as report:
+        moments = collect(model, seen, level.spec, progress=report)
+    with common.progress("scoring") as report:
+        choice = choose(model, moments, judged, level.spec, report)
+    bases = output.with_suffix(".safetensors")
+    if choice.data:
+        bases.write_bytes(choice.data)
+    output.write_text(as_toml(level, choice, bases.name, where), encoding="utf-8")
+    if json:
+        common.show_json({"profile": level.name, "form": choice.form, "rows": choice.rows})
+        return
+    common.show_table(choice.rows, f"{level.name}: {choice.form}")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from kvfold.codebook import trellis
-from kvfold.config import SideSpec
-from kvfold.errors import UnsupportedHeadDim
+from kvfold.config import TUNED, SideSpec
+from kvfold.errors import InvalidConfig, UnsupportedHeadDim
 from kvfold.packing.layout import Field
 from kvfold.rotation.reference import MIN_HEAD_DIM
 
@@ -40,7 +40,9 @@ def split_bits(bits: float) -> tuple[int, int]:
 
 
 def state_bytes(spec: SideSpec, kv_heads: int, dim: int) -> int:
-    """Bytes that a codec freezes per sequence: int16 outlier channels of `split`."""
+    """Bytes that a codec freezes per sequence: int16 outlier channels of `split`, a byte per head of `tuned`."""
+    if spec.codec == TUNED:
+        return kv_heads
     return 2 * kv_heads * split_dims(dim)[0] if spec.codec == "split" else 0
 
 
@@ -50,6 +52,8 @@ def fields(spec: SideSpec, dim: int, value_bytes: int = 2) -> tuple[Field, ...]:
     Raises UnsupportedHeadDim where the codec has no form.
     """
     bits = int(spec.bits)
+    if spec.codec == TUNED:
+        raise InvalidConfig("codec 'tuned' has other fields in every layer", "Use it with torch, or another profile")
     if spec.codec == "raw":
         return (Field("values", "raw", 8 * value_bytes, dim),)
     if dim < MIN_HEAD_DIM:

@@ -51,7 +51,7 @@ def build(spec: SideSpec, dim: int, key: int) -> HeadCodec:
     if spec.codec == "polar":
         return Polar(matrix(spec.rotation, dim, key))
     if spec.codec == "trellis":
-        return Trellis(spec.bits, dim, key, spec.scale)
+        return Trellis(spec.bits, dim, key, spec.scale, spec.search)
     if spec.codec == "split":
         outlier, regular = (
             Exact(table("mse", bits, d), matrix(spec.rotation, d, stream(key, path)), spec.scale, spec.search)

@@ -12,7 +12,7 @@ from kvfold.codebook.trellis import ERROR_TOP, STATE_BITS, STATES, Code, code
 from kvfold.codec.canonical import inverse_sqrt
 from kvfold.codec.fields import fields
 from kvfold.codec.on_torch import half, root, tree_sum
-from kvfold.codec.trellis import FULL, METRIC_TOP, RENORMALISE, SCALE_BITS, SCALE_CODES
+from kvfold.codec.trellis import FULL, METRIC_TOP, RENORMALISE, SCALE_BITS, SCALE_CODES, gains
 from kvfold.config import SideSpec
 from kvfold.packing.on_torch import unpack
 from kvfold.rotation.on_torch import Rotation
@@ -95,11 +95,7 @@ class Trellis:
         r = root(tree_sum(y * y) / self.dims)
         u = y * torch.where(r > 0, self.one / r, 0.0)[..., None]
         rms = r * float(inverse_sqrt(self.dim))
-        inputs = (u * float(self.book.gain)).round_().clamp_(-self.book.clip, self.book.clip)
-        flat, states = self.search(inputs.flatten(0, -2).int(), self.book)
-        symbols, first = flat.view(u.shape), states.view(r.shape)
-        levels = self._levels(symbols, first)
-        dot, square = tree_sum(u * levels), tree_sum(levels * levels)
+        symbols, first, dot, square = self._path(u)
         if self.spec.scale == "norm":
             wanted = rms * float(np.float32(self.book.step))
         elif self.spec.scale == "unbiased":
@@ -125,6 +121,24 @@ class Trellis:
             "header": (scale | start << SCALE_BITS)[..., None],
             "unit": unit.masked_fill(~torch.isfinite(r).all(-1)[..., None, None], torch.inf),
         }
+
+    def _path(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """codec.trellis.Trellis._path for u float32 [..., D]."""
+        first, *others = (self._tried(u, float(gain)) for gain in gains(self.book, self.spec.search))
+        symbols, states, dot, square = first
+        for other in others:
+            better = other[2] * other[2] / other[3] > dot * dot / square
+            symbols = torch.where(better[..., None], other[0], symbols)
+            states = torch.where(better, other[1], states)
+            dot, square = torch.where(better, other[2], dot), torch.where(better, other[3], square)
+        return symbols, states, dot, square
+
+    def _tried(self, u: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs = (u * gain).round_().clamp_(-self.book.clip, self.book.clip)
+        flat, states = self.search(inputs.flatten(0, -2).int(), self.book)
+        symbols, first = flat.view(u.shape), states.view(u.shape[:-1])
+        levels = self._levels(symbols, first)
+        return symbols, first, tree_sum(u * levels), tree_sum(levels * levels)
 
     def _levels(self, symbols: Tensor, first: Tensor) -> Tensor:
         """Levels float32 [..., D] of symbols uint8 [..., D] and first states uint8 [...]."""

@@ -27,12 +27,19 @@ SCALE_BITS = 6  # of the header byte; the other two number the start state
 SCALE_CODES = 1 << SCALE_BITS
 # Scale code of the page's maximum. Vectors appended to a trimmed page may be a quarter longer than the maximum it keeps.
 FULL = 50
+# Inputs are also tried that much shorter and longer: the path with the best cosine is stored, its scale makes up for it.
+FACTORS = (np.float32(1), np.float32(0.95), np.float32(1.06))
 
 
-def quantize_inputs(u: F32, book: Code) -> I32:
+def gains(book: Code, search: int) -> list[np.float32]:
+    """What normalised inputs are multiplied by, a search each: the code's own gain first, so that it keeps a tie."""
+    return [book.gain * f for f in FACTORS[:search]]
+
+
+def quantize_inputs(u: F32, book: Code, gain: np.float32 | None = None) -> I32:
     """Normalised inputs on the encoder's integer grid, clipped."""
     clip = np.float32(book.clip)
-    return np.clip(np.rint(u * book.gain), -clip, clip).astype(np.int32)
+    return np.clip(np.rint(u * (book.gain if gain is None else gain)), -clip, clip).astype(np.int32)
 
 
 def viterbi(x: I32, book: Code) -> tuple[U8, U8]:
@@ -87,8 +94,8 @@ def page_unit(scale: F32) -> NDArray[np.float16]:
 class Trellis:
     """One head. Codes and bytes of every backend equal this canonical encoder's."""
 
-    def __init__(self, bits: float, dim: int, key: int, kind: str) -> None:
-        self.book, self.dim, self.kind = code(bits), dim, kind
+    def __init__(self, bits: float, dim: int, key: int, kind: str, search: int = 1) -> None:
+        self.book, self.dim, self.kind, self.search = code(bits), dim, kind, search
         self.signs = signs(dim, key)
 
     def freeze(self, x: F64) -> None:
@@ -98,11 +105,8 @@ class Trellis:
         """x [..., T, D], the vectors of one page of which the first `skip` stay out of its unit."""
         u, r = normalise(hadamard_f32(x.astype(np.float32) * self.signs))
         rms = r * inverse_sqrt(self.dim)
-        flat, states = viterbi(quantize_inputs(u, self.book).reshape(-1, self.dim), self.book)
-        symbols, first = flat.reshape(u.shape), states.reshape(r.shape)
-        levels = read_levels(symbols, first, self.book).astype(np.float32)
+        symbols, first, dot, square = self._path(u)
         n = np.float32(self.dim)
-        dot, square = tree_sum(u * levels), tree_sum(levels * levels)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             if self.kind == "norm":
                 wanted = rms * np.float32(self.book.step)
@@ -122,6 +126,24 @@ class Trellis:
         if period == 2:
             out["odd_symbols"] = symbols[..., 1::period]
         return {**out, "header": (scale | start << np.uint8(SCALE_BITS))[..., None], "unit": unit}
+
+    def _path(self, u: F32) -> tuple[U8, U8, F32, F32]:
+        """(symbols [..., D], first states [...], <u, L>, <L, L>) of the best path for normalised vectors u."""
+        first, *others = (self._tried(u, gain) for gain in gains(self.book, self.search))
+        symbols, states, dot, square = first
+        for other in others:
+            with np.errstate(invalid="ignore", over="ignore"):
+                better = other[2] * other[2] / other[3] > dot * dot / square
+            symbols = np.where(better[..., None], other[0], symbols)
+            states = np.where(better, other[1], states)
+            dot, square = np.where(better, other[2], dot), np.where(better, other[3], square)
+        return symbols, states, dot, square
+
+    def _tried(self, u: F32, gain: np.float32) -> tuple[U8, U8, F32, F32]:
+        flat, states = viterbi(quantize_inputs(u, self.book, gain).reshape(-1, self.dim), self.book)
+        symbols, first = flat.reshape(u.shape), states.reshape(u.shape[:-1])
+        levels = read_levels(symbols, first, self.book).astype(np.float32)
+        return symbols, first, tree_sum(u * levels), tree_sum(levels * levels)
 
     def decode(self, fields: Fields, state: None = None) -> F64:
         """Fields -> x_hat [..., T, D]."""

@@ -33,8 +33,11 @@ PANTER_DITE = math.sqrt(3) * math.pi / 2
 FIXED_RATE = tuple(name for name, widths in CODEC_BITS.items() if len(widths) == 1 and name not in ("raw", "uniform"))
 
 
-def measure(dim: int, bits: Sequence[float], codec: str, seed: int = 0) -> list[Row]:
+def measure(
+    dim: int, bits: Sequence[float], codec: str, seed: int = 0, scale: str = "norm", search: int = 1
+) -> list[Row]:
     """One row per width: `codec, bits, bits_per_value, mse, lower_bound, upper_bound, ip_slope, ip_variance_times_dim`.
+    scale, search: as SideSpec has them.
 
     Vectors x and queries q are uniform directions of length 1 with <q, x> uniform on [0, 1]. `mse` is the mean of
     |x - x_hat|^2; `ip_slope` the regression of <q, x_hat> on <q, x> through the origin, `ip_variance_times_dim` D times the
@@ -51,7 +54,7 @@ def measure(dim: int, bits: Sequence[float], codec: str, seed: int = 0) -> list[
         raise InvalidConfig(
             f"codec {codec!r} has the one rate of {CODEC_BITS[codec][0]:g} bits", "Leave out the choice of bits"
         )
-    return [_measure(dim, SideSpec(codec, b), seed) for b in bits or CODEC_BITS[codec]]
+    return [_measure(dim, SideSpec(codec, b, scale, search=search), seed) for b in bits or CODEC_BITS[codec]]
 
 
 def _measure(dim: int, spec: SideSpec, seed: int) -> Row:

@@ -17,8 +17,11 @@ def spec_of(spec: CacheSpec, attention: Attention) -> CacheSpec:
 
 
 @functools.cache
-def page_of(spec: CacheSpec, attention: Attention, dtype_bytes: int, backend: str, device: str) -> tuple[int, str]:
-    """(bytes of a page, name of the engine). Without torch there is no engine, and the answer is the canonical page.
+def page_of(
+    spec: CacheSpec, attention: Attention, dtype_bytes: int, backend: str, device: str, layer: int = 0
+) -> tuple[int, str]:
+    """(bytes of a page, name of the engine). Without torch there is no engine, and the answer is the canonical page. layer: its
+    number, which matters to tuned profiles alone.
 
     Raises NoImplementation or UnsupportedHeadDim as the cache would.
     """
@@ -34,7 +37,12 @@ def page_of(spec: CacheSpec, attention: Attention, dtype_bytes: int, backend: st
 
     dtype = torch.float32 if dtype_bytes == FLOAT32_BYTES else torch.bfloat16
     shape = LayerShape(
-        0, attention.kv_heads, attention.key_dim, dtype_bytes, variant=attention.variant, value_dim=attention.value_dim
+        layer,
+        attention.kv_heads,
+        attention.key_dim,
+        dtype_bytes,
+        variant=attention.variant,
+        value_dim=attention.value_dim,
     )
     engine = make_engine(backend, spec, shape, dtype, torch.device(device))
     return engine.page_bytes, engine.name

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvfold.cache import sizes
 from kvfold.codec.fields import state_bytes
-from kvfold.config import PAGE_TOKENS, CacheSpec
+from kvfold.config import PAGE_TOKENS, TUNED, CacheSpec
 from kvfold.planner.model import Attention, Layer, Model
 from kvfold.planner.pages import page_of, spec_of
 from kvfold.planner.workspace import workspace_bytes
@@ -34,14 +34,14 @@ class Setting:
 
 @functools.cache
 def attention_bytes(
-    spec: CacheSpec, a: Attention, folds: bool, tokens: int, dtype_bytes: int, backend: str, device: str
+    spec: CacheSpec, a: Attention, folds: bool, tokens: int, dtype_bytes: int, backend: str, device: str, layer: int = 0
 ) -> int:
     """What one sequence of one layer allocates for keys and values, after steps of one token."""
     if not folds:
         beside = 0 if a.window is None else WINDOW_TENSOR_BYTES
         return min(tokens, a.window or tokens) * a.values * dtype_bytes + beside
     spec = spec_of(spec, a)
-    page_bytes, _ = page_of(spec, a, dtype_bytes, backend, device)
+    page_bytes, _ = page_of(spec, a, dtype_bytes, backend, device, layer)
     pages = spec.folded_tokens(tokens) // PAGE_TOKENS
     pool = sizes.pool_bytes(pages, page_bytes, device == "cpu")
     exact = sizes.exact_bytes(spec, a.kv_heads, a.key_dim + a.value_dim, dtype_bytes)
@@ -61,10 +61,11 @@ def _row(model: Model, s: Setting, i: int, layer: Layer) -> dict[str, Any]:
     }
     if (a := layer.attention) is not None:
         row["folds"] = layer.kind in FOLDING
-        each = attention_bytes(s.spec, a, row["folds"], s.context, dtype_bytes, s.backend, s.device)
+        tuned = i if TUNED in (s.spec.key.codec, s.spec.value.codec) else 0  # other layers of a shape are alike
+        each = attention_bytes(s.spec, a, row["folds"], s.context, dtype_bytes, s.backend, s.device, tuned)
         row["bytes"] = s.sessions * each
         if row["folds"]:
-            _, row["backend"] = page_of(s.spec, a, dtype_bytes, s.backend, s.device)
+            _, row["backend"] = page_of(s.spec, a, dtype_bytes, s.backend, s.device, tuned)
         row["reference_bytes"] = s.sessions * min(s.context, a.window or s.context) * a.values * REFERENCE_BYTES
     row["state_bytes"] = s.sessions * sum(x.values * (x.dtype_bytes or dtype_bytes) for x in layer.states)
     return row

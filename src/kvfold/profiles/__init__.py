@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kvfold.config import CacheSpec, SideSpec
+from kvfold.config import TUNED, CacheSpec, SideSpec
 from kvfold.errors import InvalidConfig, UnknownProfile
 
 
@@ -67,7 +67,7 @@ def load(name: str) -> Profile:
     Raises UnknownProfile with the names there are, and InvalidConfig for a file that cannot be read.
     """
     if name.endswith(".toml"):
-        return parsed(name, _from_file(Path(name)))
+        return parsed(name, _with_bases(_from_file(Path(name)), Path(name).parent))
     if name not in _files():
         raise UnknownProfile(f"unknown profile {name!r}", f"Use one of: {', '.join(names())}")
     return parsed(name, _read(name))
@@ -80,6 +80,17 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise InvalidConfig(
             f"profile {path} cannot be read ({error})", "Give a TOML file or a profile's name"
         ) from error
+
+
+def _with_bases(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`bases` names a file beside the profile: read, and its digest put where codec `tuned` is named."""
+    if (name := content.pop("bases", None)) is None:
+        return content
+    from kvfold.codebook.basis import read
+
+    digest = read(folder / str(name))
+    sides = {s: {**content[s], "basis": digest} for s in ("key", "value") if content.get(s, {}).get("codec") == TUNED}
+    return content | sides
 
 
 def parsed(name: str, content: dict[str, Any]) -> Profile:

@@ -1,0 +1,88 @@
+"""From moments to bases and bits: channels of equal standing across heads, layers and sides, and where bits buy most."""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import Tensor
+
+from kvfold.codebook.basis import MAX_WIDTH, Basis
+from kvfold.rotation.on_torch import hadamard
+from kvfold.tuning.statistics import Moments
+
+GROUP = 16  # channels that share their bits, mixed by a Hadamard transform so that their values are near normal
+# Squared error of the codes of 0 to 4 bits, relative to a channel's energy.
+ERROR = (1.0, 0.2689, 0.0717, 0.0182, 0.00487)
+SHRINK = {"key": 0.1, "value": 0.1}  # towards the diagonal, of both moments
+
+
+def root(m: Tensor, power: float) -> Tensor:
+    """Symmetric positive [H, D, D] to a power."""
+    values, vectors = torch.linalg.eigh(m)
+    floor = 1e-12 * values[:, -1:].clamp(min=1e-30)
+    return (vectors * values.clamp(min=floor).pow(power)[:, None, :]) @ vectors.mT
+
+
+def shrunk(m: Tensor, share: float) -> Tensor:
+    """[H, D, D] moved towards its diagonal, with a floor under it."""
+    diagonal = m.diagonal(dim1=-2, dim2=-1)
+    floor = 1e-3 * diagonal.mean(-1, keepdim=True)
+    return (1 - share) * m + torch.diag_embed(share * diagonal + floor)
+
+
+def principal(moments: Moments, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(forward, inverse, energy, cost): u = forward @ x has the identity as its spread; energy [H, D], descending, is what losing
+    a channel costs, in nats per prediction; cost = the root of F, [H, D, D]."""
+    spread = shrunk(moments.spread / moments.tokens, share)
+    price = shrunk(moments.cost / moments.positions / 2, share)
+    high, low = root(price, 0.5), root(price, -0.5)
+    energy, vectors = torch.linalg.eigh(high @ spread @ high)
+    energy, vectors = energy.flip(-1).clamp(min=1e-30), vectors.flip(-1)
+    sigma = energy.sqrt()
+    return vectors.mT @ high / sigma[..., None], low @ vectors * sigma[:, None], energy, high
+
+
+def allocate(energy: Tensor, bits: float) -> Tensor:
+    """energy [N, G], what losing each group of channels of each head costs -> widths uint8 [N, G], `bits` on average.
+
+    Greedy: every bit goes where it saves most, which is best for the convex ERROR.
+    """
+    flat = energy.flatten().tolist()
+    widths = [0] * len(flat)
+    heap = [(-e * (ERROR[0] - ERROR[1]), i) for i, e in enumerate(flat)]
+    heapq.heapify(heap)
+    for _ in range(round(bits * len(flat))):
+        _, i = heapq.heappop(heap)
+        widths[i] += 1
+        if widths[i] < MAX_WIDTH:
+            heapq.heappush(heap, (-flat[i] * (ERROR[widths[i]] - ERROR[widths[i] + 1]), i))
+    return torch.tensor(widths, dtype=torch.uint8).view_as(energy)
+
+
+def bases(moments: dict[tuple[int, str], Moments], bits: float, sides: tuple[str, ...]) -> dict[tuple[int, str], Basis]:
+    """Bases of the named sides of all layers with `bits` per value on average over all of them."""
+    places = [p for p in moments if p[1] in sides]
+    found = {p: principal(moments[p], SHRINK[p[1]]) for p in places}
+    groups = {p: found[p][2].unflatten(-1, (-1, GROUP)).sum(-1) for p in places}
+    widths = allocate(torch.cat([g.flatten() for g in groups.values()])[:, None], bits)
+    out, at = {}, 0
+    for p in places:
+        forward, inverse, energy, cost = found[p]
+        own = widths[at : at + groups[p].numel()].view(groups[p].shape)
+        at += groups[p].numel()
+        out[p] = _mixed(forward, inverse, energy, cost, own)
+    return out
+
+
+def _mixed(forward: Tensor, inverse: Tensor, energy: Tensor, cost: Tensor, widths: Tensor) -> Basis:
+    """Channels of a group mixed: each then has the group's mean energy. y = sqrt(energy) u is mixed, not u, so that the cost of
+    an error stays the sum of its channels'."""
+    dim = energy.shape[-1]
+    mean = energy.unflatten(-1, (-1, GROUP)).mean(-1)
+    weight = mean.sqrt().repeat_interleave(GROUP, -1)
+    sigma = energy.sqrt()
+    mix = torch.block_diag(*[hadamard(torch.eye(GROUP)).double() / GROUP**0.5] * (dim // GROUP))
+    forward = (mix @ (forward * sigma[..., None])) / weight[..., None]
+    inverse = (inverse / sigma[:, None]) @ mix.T * weight[:, None]
+    return Basis(forward.float(), inverse.float(), widths.repeat_interleave(GROUP, -1), weight.float(), cost.float())
