@@ -91,13 +91,13 @@ class SessionStore:
         """Sessions and bytes, and counts of what was looked up, found, written out and brought back."""
         with self._lock:
             entries = list(self._entries.values())
-            kinds = self.budget.kinds()
+            kinds, promised = self.budget.kinds(), self.budget.promised_bytes
         return {
             "memory_bytes": sum(kinds.values()),
             "memory_bytes_by_kind": kinds,
             "memory_reference_bytes": self.budget.reference_bytes,
             "memory_limit_bytes": self.budget.limit,
-            "promised_bytes": self.budget.promised_bytes,
+            "promised_bytes": promised,
             "page_bytes": kinds["pages"],
             "sessions": len(entries),
             "sessions_in_memory": sum(e.session is not None for e in entries),
