@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-BEST_LEVELS = ("amx", "avx2")  # of the machines in cpu.csv, one table each
+BEST_LEVELS = ("amx", "avx512-vnni", "avx2")  # of the machines in cpu.csv
 Row = dict[str, str]
 
 
@@ -195,6 +195,22 @@ def cpu_table(best: str) -> str:
     return markdown([*head, "x torch, group as queries"], body)
 
 
+def fold_table() -> str:
+    """Folds of the newest commit that ran beside the scalar encoder, on machines whose best level is avx512-vnni."""
+    body = []
+    for run in cpu_runs("avx512-vnni"):
+        r, scalar = run["kvfold"], run.get("scalar")
+        if scalar is None:
+            continue
+        values = 2 * int(r["context"]) * int(r["kv_heads"]) * int(r["head_dim"])
+        bits = ", ".join(dict.fromkeys(f"{float(r[side]):g}" for side in ("key_bits", "value_bits")))
+        ms = "{:.1f} ({:.1f}-{:.1f})".format(*(float(r[q]) for q in ("median_ms", "p10_ms", "p90_ms")))
+        ns = f"{1e6 * float(r['median_ms']) / values:.1f}"
+        tokens = f"{int(r['context']):,} tokens, {r['kv_heads']} heads"
+        body.append([tokens, r["level"], bits, ms, ns, f"{1 / float(scalar['ratio']):.1f}"])
+    return markdown(["keys and values of", "level", "bits", "ms (10-90 %)", "ns per number", "x scalar"], body)
+
+
 def distortion_table() -> str:
     body = []
     for r in read("distortion"):
@@ -240,6 +256,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench": bench_table,
     "cpu": partial(cpu_table, "amx"),
     "cpu_avx2": partial(cpu_table, "avx2"),
+    "cpu_fold": fold_table,
     "distortion": distortion_table,
     "plan": plan_table,
 }

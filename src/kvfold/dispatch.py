@@ -39,6 +39,7 @@ class Implementation:
 ENGINES = (
     Implementation("cuda", "kvfold.engine.cuda.engine", "CudaEngine"),
     Implementation("cpu", "kvfold.engine.cpu.engine", "CpuEngine"),
+    Implementation("triton", "kvfold.engine.triton.engine", "TritonEngine", plain=False),
     Implementation("torch", "kvfold.engine.on_torch", "make", plain=False),
 )
 

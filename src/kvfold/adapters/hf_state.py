@@ -48,3 +48,13 @@ def _flat(layer: Any) -> Plain:
     for name, x in vars(layer).items():
         out |= {f"{name}.{key}": y for key, y in x.items()} if isinstance(x, dict) else {name: x}
     return out
+
+
+def tensor_bytes(layer: Any) -> int:
+    """Bytes of the tensors a stock cache layer holds, in attributes or in dicts of states."""
+    seen: dict[int, int] = {}
+    for x in vars(layer).values():
+        for t in x.values() if isinstance(x, dict) else (x,):
+            if isinstance(t, Tensor):
+                seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(seen.values())

@@ -194,6 +194,10 @@ class TorchEngine:
         # Without pages there is nothing to lift, and no codec state to lift it with.
         online = _Online(heads, rows.shape[1], self.weighed if view.runs else dim, q.device)
         online.softcap = call.softcap
+        past = view.folded + view.recent_k.shape[1]
+        if self.shape.variant.window is not None:
+            reach = torch.arange(past, past + new, device=q.device) - self.shape.variant.window
+            online.hidden_to = reach.repeat_interleave(groups)
         if view.runs:
             self._pages(online, rows, view)
         sinks = self.spec.sinks if view.folded else 0
@@ -203,22 +207,22 @@ class TorchEngine:
         )
         if past_k.shape[1]:
             tile = max(1, SCORE_VALUES // (heads * past_k.shape[1]))
+            t = torch.arange(past - past_k.shape[1], past, device=q.device)
+            t[:sinks] = torch.arange(sinks, device=q.device)
             for i in range(0, rows.shape[1], tile):
-                online.block(rows[:, i : i + tile], past_k, past_v, at=slice(i, min(i + tile, rows.shape[1])))
+                at = slice(i, min(i + tile, rows.shape[1]))
+                online.block(rows[:, at], past_k, past_v, at=at, mask=online.beyond(t, at))
         tile = max(1, SCORE_VALUES // (heads * groups * min(new, 512)))
         for start in range(0, new, 512):
             stop = min(start + 512, new)
             nk, nv = self.attended(k[:, start:stop].float(), v[:, start:stop].float())
             for i in range(start, new, tile):
                 j = min(i + tile, new)
-                mask = torch.arange(start, stop, device=q.device) > torch.arange(i, j, device=q.device)[:, None]
-                online.block(
-                    rows[:, i * groups : j * groups],
-                    nk,
-                    nv,
-                    at=slice(i * groups, j * groups),
-                    mask=mask.repeat_interleave(groups, dim=0) if i < stop else None,
-                )
+                at = slice(i * groups, j * groups)
+                t = torch.arange(start, stop, device=q.device)
+                later = t > torch.arange(i, j, device=q.device)[:, None]
+                mask = later.repeat_interleave(groups, dim=0) if i < stop else None
+                online.block(rows[:, at], nk, nv, at=at, mask=online.beyond(past + t, at, mask))
         if call.sink_logits is not None:
             online.sink(call.sink_logits.float().unflatten(0, (heads, groups)).repeat(1, new))
         o = online.values / online.mass[..., None]
@@ -253,7 +257,8 @@ class TorchEngine:
             for i in range(0, rows.shape[1], tile):
                 at = slice(i, min(i + tile, rows.shape[1]))
                 offset = (rows[:, at] @ mean.mT).repeat_interleave(MEAN_TOKENS, dim=2) if mean is not None else None
-                online.block(zq[:, at], zk, zv, at=at, mask=absent, offset=offset)
+                mask = online.beyond(torch.arange(token, token + n, device=self.device), at, absent)
+                online.block(zq[:, at], zk, zv, at=at, mask=mask, offset=offset)
             token += n
         online.values = self.value.lift(online.values, view.state_v)
 
@@ -281,7 +286,8 @@ class LatentEngine(TorchEngine):
                 values = values.masked_fill(absent[:, None], 0.0)
             for i in range(0, rows.shape[1], tile):
                 at = slice(i, min(i + tile, rows.shape[1]))
-                online.block(rows[:, at], keys, values, at=at, mask=absent)
+                mask = online.beyond(torch.arange(token, token + n, device=self.device), at, absent)
+                online.block(rows[:, at], keys, values, at=at, mask=mask)
             token += n
 
 
@@ -313,6 +319,14 @@ class _Online:
         self.mass = torch.zeros(heads, rows, device=device)
         self.values = torch.zeros(heads, rows, latent, device=device)
         self.softcap: float | None = None
+        self.hidden_to: Tensor | None = None  # with a sliding window: the last token that each row no longer reads
+
+    def beyond(self, tokens: Tensor, at: slice, mask: Tensor | None = None) -> Tensor | None:
+        """mask, and which of the tokens at positions [n] lie before the window of the rows `at` [rows, n]."""
+        if self.hidden_to is None:
+            return mask
+        gone = tokens <= self.hidden_to[at, None]
+        return gone if mask is None else gone | mask
 
     def block(
         self,

@@ -1,0 +1,17 @@
+"""transformers: what is known of model types that a config does not say."""
+
+from __future__ import annotations
+
+# Families of multi-head latent attention that the tests hold to the stock cache.
+LATENT = (
+    *("axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "longcat_flash"),
+    *("minicpm3", "mistral4", "youtu"),
+)
+# Families that a folded cache cannot serve, and why: each would be silently wrong, or fail half-way through a call.
+NOT_FOLDED = {
+    **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
+    **dict.fromkeys(("inkling_text", "inkling2_text"), "adds a bias by position to its scores (position_bias)"),
+    "minimax": "makes a cache of its own kind",
+    "recurrent_gemma": "keeps running states in its modules, outside of caches",
+    **dict.fromkeys(("rwkv", "xlstm"), "keeps running states outside of caches of this kind"),
+}

@@ -1,0 +1,201 @@
+"""transformers: layers of a FoldedCache, and which of transformers' layers they take the place of."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from kvfold.adapters.hf_attention import Handle, LazyMask, Runs, no_pads
+from kvfold.cache.guard import CallGuard
+from kvfold.cache.layer import FoldedAttention
+from kvfold.config import CacheSpec
+from kvfold.engine.request import AttendRequest
+from kvfold.engine.select import make_engine
+from kvfold.engine.variant import PLAIN, Variant
+from kvfold.errors import CannotTrim, Unsupported
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Nothing between `update` and the end of attention can be traced: pages are bytes behind handles.
+eager: Callable[[F], F] = torch.compiler.disable(
+    reason="kvfold: a folded cache cannot be compiled into a full graph; leave fullgraph off, or use a stock cache"
+)
+
+
+class FoldedLayer(CacheLayerMixin):
+    """A full-attention layer of a FoldedCache."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        layer: int,
+        backend: str,
+        guard: CallGuard,
+        variant: Variant = PLAIN,
+        number_of_states: int = 0,
+    ) -> None:
+        super().__init__(**({"number_of_states": number_of_states} if number_of_states else {}))
+        self.folded = FoldedAttention(spec, layer, functools.partial(make_engine, backend), variant)
+        self.guard = guard
+        self.columns = 0  # tokens of the batch as the host counts them: padding included
+        self.holes: list[Runs] = []  # which columns of each row are padding
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.folded.prepare(key_states, value_states)
+        if len(self.holes) != len(key_states):
+            self.holes = [[] for _ in range(len(key_states))]
+        self.is_initialized = True
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys are latents and values their rotary parts: see engine.variant."""
+        return self.folded.variant.latent
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, call: int = 0, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Two handles for the attention function. Nothing is stored before its attention was computed."""
+        if self.latent and key_states.shape[1] != 1:
+            raise Unsupported("this transformers expands latents (MLA) before caching them", "Upgrade transformers")
+        self.lazy_initialization(key_states, value_states)
+        handle = Handle(self, call, key_states, value_states)
+        return handle, handle
+
+    @eager
+    def attend(self, handle: Handle, call: AttendRequest, mask: LazyMask | None) -> Tensor:
+        """Attention [B, H * G, Q, D] of the call behind a handle, which then belongs to the past."""
+        self.guard.begin(self.folded.layer, handle.call)
+        stored = False
+        try:
+            new = call.q.shape[2]
+            pads = mask.pads(new, self.columns, self.holes) if mask is not None else no_pads(self.holes)
+            out = self.folded.attend(call.q, call.k, call.v, pads, call.scale, call.softcap, call.sink_logits)
+            for runs, n in zip(self.holes, pads, strict=True):
+                if n:
+                    start = runs.pop()[0] if runs and runs[-1][1] == self.columns else self.columns
+                    runs.append((start, self.columns + n))
+            self.columns += new
+            stored = True
+        finally:
+            self.guard.end(self.folded.layer, stored)
+        return out
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name other libraries still ask for
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest -n columns; a positive n is the length to keep, as transformers once had it."""
+        n = int(-tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove))
+        if n > self.columns:
+            raise CannotTrim(f"cannot remove {n} of {self.columns} tokens", "Crop at most what the cache holds")
+        keep = self.columns - n
+        padding = [sum(stop - max(start, keep) for start, stop in runs if stop > keep) for runs in self.holes]
+        self.folded.trim([n - p for p in padding])
+        self.holes = [[(a, min(b, keep)) for a, b in runs if a < keep] for runs in self.holes]
+        self.columns = keep
+
+    def _select(self, rows: list[int]) -> None:
+        if self.folded.sequences:
+            self.folded.select(rows)
+            self.holes = [list(self.holes[r]) for r in rows]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([r for r in range(len(self.holes)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(torch.arange(len(self.holes))[indices.cpu()].tolist())
+
+    def reset(self) -> None:
+        self.folded.clear()
+        self.columns, self.holes = 0, []
+
+    def offload(self) -> None:
+        raise Unsupported("a folded cache does not offload", "It is a fifth of the size; leave offloading off")
+
+    prefetch = offload
+
+    def fork(self, guard: CallGuard, compact: bool = False) -> FoldedLayer:
+        """An independent continuation that shares folded pages."""
+        other = copy.copy(self)
+        other.folded, other.guard = self.folded.compact() if compact else self.folded.fork(), guard
+        other.holes = [list(runs) for runs in self.holes]
+        return other
+
+
+# Newer kinds of layers, which older versions have no name for.
+HybridWindowLayer = getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", LinearAttentionLayer)
+EmptyLayer = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)
+
+
+class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
+    """A layer with attention and a running state beside each other (Falcon-H1, Zamba 2): keys and values are folded, the
+    state is kept as transformers keeps it."""
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return LinearAttentionLayer.is_croppable.fget(self)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of keys and values, or of the states, which come by name."""
+        if args:
+            FoldedLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def _select(self, rows: list[int]) -> None:
+        super()._select(rows)
+        for states in (self.conv_states, self.recurrent_states):
+            for i, x in states.items():
+                if x is not None:
+                    states[i] = x[torch.tensor(rows, device=x.device)]
+
+    def reset(self) -> None:
+        FoldedLayer.reset(self)
+        LinearAttentionLayer.__init__(self, self.number_of_states)
+
+    def fork(self, guard: CallGuard, compact: bool = False) -> FoldedHybridLayer:
+        other = super().fork(guard, compact)
+        for name, x in vars(self).items():
+            if isinstance(x, dict):
+                setattr(other, name, copy.deepcopy(x))
+        return other
+
+
+# What takes the place of which of transformers' layers.
+FOLDED = {DynamicLayer: FoldedLayer, LinearAttentionAndFullAttentionLayer: FoldedHybridLayer}
+# Layers of other kinds stay as transformers has them: their memory is bounded.
+STOCK_LAYERS = (
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    HybridWindowLayer,
+    EmptyLayer,
+)
