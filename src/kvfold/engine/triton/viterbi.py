@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The search of trellis codes in Triton: codec.torch_trellis.viterbi in one launch, the same symbols and states.
 
 A program walks VECTORS vectors forward, all states side by side, keeps the predecessor that each state came from in memory,
