@@ -84,6 +84,22 @@ def eval_table() -> str:
     return markdown(["model", "profile", "bits", "KLD", "same top token", "perplexity"], body)
 
 
+def tune_table() -> str:
+    """A row per model and level, a column per form; the last run of each."""
+    runs: dict[tuple[str, str], dict[str, Row]] = {}
+    for r in read("tune"):
+        runs.setdefault((model_name(r), option(r, "tuned", "")), {})[r["form"]] = r
+    body = []
+    for (model, level), forms in runs.items():
+        plain, both, values = (forms[f] for f in ("plain", "tuned", "tuned values"))
+        bits = " / ".join(f"{float(r['bits_per_value']):.3f}" for r in (plain, both))
+        kld = [f"{float(r['kld_mean']):.5f} ± {float(r['kld_se']):.5f}" for r in (plain, both, values)]
+        top = " / ".join(f"{100 * float(r['top1_agreement']):.1f}" for r in (plain, both))
+        body.append([model, level, bits, *kld, top])
+    head = ["model", "level", "bits plain / tuned", "KLD plain", "tuned", "values alone"]
+    return markdown([*head, "same top token, %, plain / tuned"], body)
+
+
 def needle_table() -> str:
     """Model, profile, context and kind, all depths together; of cells recorded again, the newest commit's rows."""
     cells: dict[tuple[str, str, int, str], list[Row]] = {}
@@ -200,9 +216,10 @@ def distortion_table() -> str:
     for r in read("distortion"):
         if option(r, "dim", "128") != "128":
             continue
+        how = f", {option(r, 'scale', '')}, search {option(r, 'search', '1')}" if "--scale" in r["command"] else ""
         upper = f"{float(r['upper_bound']):.4f}" if r["upper_bound"] else "-"
         body.append(
-            [r["codec"], f"{float(r['bits']):g}", f"{float(r['bits_per_value']):.3f}", f"{float(r['mse']):.5f}"]
+            [r["codec"] + how, f"{float(r['bits']):g}", f"{float(r['bits_per_value']):.3f}", f"{float(r['mse']):.5f}"]
             + [f"{float(r['lower_bound']):.5f}", upper, f"{float(r['ip_slope']):.4f}"]
             + [f"{float(r['ip_variance_times_dim']):.4f}"]
         )
@@ -232,6 +249,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "eval": eval_table,
     "baselines": baselines_table,
     "legs": legs_table,
+    "tune": tune_table,
     "needle": needle_table,
     "demo": demo_table,
     "memory": memory_table,
