@@ -51,6 +51,7 @@ EXCEPTIONS = {
     "cli/tune.py:tune": "half of it declares options",
     "bench/run.py:run": "one parameter per option of the bench command",
     "engine/triton/kernels.py:finish": "a kernel's arguments: tensors, numbers, constants",
+    "engine/triton/viterbi.py:search": "a kernel's arguments",
     "engine/cuda/arguments.py:sequence_words": "one parameter per word of the record that kernels read",
 }
 # Paths and addresses of a machine.
