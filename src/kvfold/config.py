@@ -134,6 +134,10 @@ class CacheSpec:
         """For layers of latent attention: latents folded as keys are, their rotary parts kept as they are."""
         return replace(self, value=SideSpec(codec="raw", bits=16))
 
+    def for_windows(self) -> CacheSpec:
+        """For sliding and chunked layers, which pass their first tokens: none of them are kept as sinks."""
+        return replace(self, sinks=0)
+
     def ring_tokens(self) -> int:
         """Slots of the exact ring. Window, a page being filled, and the exact copy of every page that a trim inside
         the exact part could unfold again: ceil(window / 128) pages."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from kvfold.adapters.hf_layers import PagedLayer
 from kvfold.adapters.hf_state import tensors_of
-from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer
+from kvfold.adapters.hf_transformers import FoldedCache
 from kvfold.cache.guard import CallGuard
 from kvfold.cache.layer import FoldedAttention
 from kvfold.errors import CacheMisuse, Unsupported
@@ -43,7 +44,7 @@ class Batch:
             )
         for c in self._caches:
             c.guard.check()
-            if not c.get_seq_length() or any(x.holes != [[]] for x in c.folded_layers):
+            if not c.get_seq_length() or any(x.holes != [[]] for x in c.paged_layers):
                 raise CacheMisuse(
                     "a cache of this batch is empty, padded, or has several rows",
                     "Prefill each cache alone, without padding",
@@ -93,7 +94,7 @@ class Batch:
         lengths = self.lengths
         for b, (cache, length) in enumerate(zip(self._caches, lengths, strict=True)):
             for mine, layer in zip(self.cache.layers, cache.layers, strict=True):
-                if isinstance(layer, FoldedLayer):
+                if isinstance(layer, PagedLayer):
                     layer.columns = length
                 _scatter_stock(mine, layer, b, length)
             cache.guard.free()
@@ -104,7 +105,7 @@ BATCHED = (DynamicSlidingWindowLayer, LinearAttentionLayer)
 
 
 def _folds(layer: Any) -> bool:
-    return isinstance(layer, FoldedLayer)
+    return isinstance(layer, PagedLayer)
 
 
 def _gather_stock(layer: Any, rows: Sequence[Any], columns: int) -> None:
