@@ -122,7 +122,7 @@ def _gather_stock(layer: Any, rows: Sequence[Any], columns: int) -> None:
         for x in rows:
             x.keys = x.values = None
     if isinstance(layer, LinearAttentionLayer):
-        for name in ("conv_states", "recurrent_states"):
+        for name in _states(layer):
             setattr(layer, name, {i: _rows([getattr(x, name)[i] for x in rows]) for i in getattr(layer, name)})
             for x in rows:
                 setattr(x, name, dict.fromkeys(getattr(x, name)))
@@ -131,6 +131,11 @@ def _gather_stock(layer: Any, rows: Sequence[Any], columns: int) -> None:
 
 
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
+
+
+def _states(layer: Any) -> list[str]:
+    """The attributes of a layer that have its states."""
+    return [name for name in ("conv_states", "recurrent_states", "codes", "scales") if hasattr(layer, name)]
 
 
 def _rows(states: Sequence[Tensor | None]) -> Tensor | None:
@@ -144,6 +149,6 @@ def _scatter_stock(batch: Any, layer: Any, row: int, length: int) -> None:
         layer.cumulative_length = length
     if not isinstance(layer, LinearAttentionLayer):
         return
-    for name in ("conv_states", "recurrent_states"):
+    for name in _states(batch):
         for i, state in getattr(batch, name).items():
             getattr(layer, name)[i] = None if state is None else state[row : row + 1].clone()

@@ -15,3 +15,6 @@ NOT_FOLDED = {
     "recurrent_gemma": "keeps running states in its modules, outside of caches",
     **dict.fromkeys(("rwkv", "xlstm"), "keeps running states outside of caches of this kind"),
 }
+# Families whose layers hand every new running state to the cache, which may then keep it in codes. State-space layers change
+# theirs in place.
+CODED_STATES = ("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")

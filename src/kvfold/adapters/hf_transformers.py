@@ -20,10 +20,11 @@ from transformers.cache_utils import (
 )
 
 from kvfold.adapters.hf_attention import attach, detach, no_gradients, register
-from kvfold.adapters.hf_families import LATENT, NOT_FOLDED
+from kvfold.adapters.hf_families import CODED_STATES, LATENT, NOT_FOLDED
 from kvfold.adapters.hf_layers import (
     FOLDED,
     STOCK_LAYERS,
+    CodedStateLayer,
     FoldedHybridLayer,
     FoldedLayer,
     FoldedWindowLayer,
@@ -79,6 +80,13 @@ class FoldedCache(Cache):
                 f"no layer of this {text.model_type} keeps keys and values",
                 "There is nothing to fold: use its own cache",
             )
+        if self.spec.states == "int8" and any(isinstance(x, LinearAttentionLayer) for x in layers):
+            if text.model_type not in CODED_STATES:
+                raise Unsupported(
+                    f"{text.model_type} changes its states where they lie, so they cannot be codes",
+                    "Use states 'exact'",
+                )
+            layers = [CodedStateLayer(x.number_of_states) if type(x) is LinearAttentionLayer else x for x in layers]
         # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
         counted = [i for i, x in enumerate(layers) if isinstance(x, CacheLayerMixin)]
         self.guard = CallGuard(counted[-1] if counted else -1)
@@ -157,6 +165,12 @@ class FoldedCache(Cache):
         self._enter_linear(layer_idx, recurrent_states, f"recurrent {state_idx}")
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, *args, **kwargs)
 
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CodedStateLayer) and layer.has_previous_state[state_idx]:
+            return layer.recurrent_state(state_idx)
+        return super().get_recurrent_state(layer_idx, state_idx)
+
     def _enter_linear(self, layer: int, states: Tensor, part: str) -> None:
         # In a last layer that has both, the state may come before attention, which ends the call, or after it.
         if layer < self.guard.last or (layer == self.guard.last and self.guard.at >= 0):
@@ -206,7 +220,7 @@ class FoldedCache(Cache):
             # Stock layers would keep zeroed tensors of the old batch.
             if type(x) is DynamicSlidingWindowLayer:
                 x.__init__(x.sliding_window)
-            elif type(x) is LinearAttentionLayer:
+            elif type(x) in (LinearAttentionLayer, CodedStateLayer):
                 x.__init__(x.number_of_states)
             elif type(x) is HybridWindowLayer:
                 x.__init__(x.sliding_window, x.number_of_states)

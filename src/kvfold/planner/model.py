@@ -39,11 +39,22 @@ class Attention:
 
 @dataclass(frozen=True)
 class State:
-    """Numbers that one layer keeps whatever the context. dtype_bytes: None means the model's own."""
+    """Numbers that one layer keeps whatever the context. dtype_bytes: None means the model's own. vector: numbers along the
+    last axis of what may be kept in 8-bit codes, which have a scale for each; 0: it may not."""
 
     name: str
     values: int
     dtype_bytes: int | None = None
+    vector: int = 0
+
+    def bytes_as(self, states: str, dtype_bytes: int) -> int:
+        """In memory, kept as `CacheSpec.states` says, in a model of this dtype."""
+        width = self.dtype_bytes or dtype_bytes
+        return (
+            self.values + self.values // self.vector * width
+            if states == "int8" and self.vector
+            else self.values * width
+        )
 
 
 @dataclass(frozen=True)

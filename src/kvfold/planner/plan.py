@@ -85,7 +85,7 @@ def _row(model: Model, s: Setting, i: int, layer: Layer) -> dict[str, Any]:
         if row["folds"]:
             _, row["backend"] = page_of(s.spec, a, dtype_bytes, s.backend, s.device, tuned)
         row["reference_bytes"] = s.sessions * min(s.context, a.window or s.context) * a.values * REFERENCE_BYTES
-    row["state_bytes"] = s.sessions * sum(x.values * (x.dtype_bytes or dtype_bytes) for x in layer.states)
+    row["state_bytes"] = s.sessions * sum(x.bytes_as(s.spec.states, dtype_bytes) for x in layer.states)
     return row
 
 
@@ -103,7 +103,7 @@ def plan(model: Model, setting: Setting) -> dict[str, Any]:
         "folded_bytes": total["bytes"],
         "ratio": total["reference_bytes"] / total["bytes"],
         "state_bytes": total["state_bytes"],
-        "state_dtype": _state_dtype(model),
+        "state_dtype": _state_dtype(model, setting.spec.states),
         "weights_bytes": setting.weights_bytes,
         "workspace_bytes": workspace,
         "total_bytes": total["bytes"] + common,
@@ -112,7 +112,9 @@ def plan(model: Model, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _state_dtype(model: Model) -> str | None:
+def _state_dtype(model: Model, states: str) -> str | None:
     """What recurrent states are held in: transformers keeps them in float32 whatever the model's dtype."""
-    recurrent = any(x.name == "recurrent" for layer in model.layers for x in layer.states)
-    return "float32" if recurrent else None
+    recurrent = [x for layer in model.layers for x in layer.states if x.name == "recurrent"]
+    if not recurrent:
+        return None
+    return "int8" if states == "int8" and all(x.vector for x in recurrent) else "float32"
