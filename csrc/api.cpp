@@ -24,6 +24,7 @@ bool usable(const kvf_format* format) { return format != nullptr && kvfold::supp
 bool foldable(const kvf_side& side) {
   if (side.trellis == nullptr) return true;
   if (side.search == nullptr || !kvfold::usable(*side.search) || side.search->period > 2) return false;
+  if (side.searches != 1 && side.searches != 3) return false;
   for (int phase = 0; phase < 2; ++phase)
     if (side.search->width[phase % side.search->period] != side.trellis->widths[phase]) return false;
   return true;

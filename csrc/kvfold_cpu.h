@@ -40,9 +40,9 @@ typedef struct kvf_trellis_reader {
 
 typedef struct kvf_trellis kvf_trellis; /* how it is written: kvfold_trellis.h */
 
-/* One side (keys or values) of a codec: how scales are chosen, what a level's unit is worth in standard deviations, and for a trellis
-   code how it is read and, if it is to be folded, written. A scalar one: 2^bits ascending integer levels, the thresholds between them,
-   and how many codebook grids (1 or 3) the encoder tries per vector. */
+/* One side (keys or values) of a codec: how scales are chosen, how many codebook grids or gains (1 or 3) the encoder tries per vector, what
+   a level's unit is worth in standard deviations, and for a trellis code how it is read and, if it is to be folded, written. A scalar one:
+   2^bits ascending integer levels and the thresholds between them. */
 typedef struct kvf_side {
   int32_t bits;
   int32_t scale_rule;

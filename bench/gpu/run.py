@@ -20,7 +20,9 @@ from torch.nn.attention import SDPBackend
 
 from kvfold.bench import cuda_decode as cd
 from kvfold.bench.cuda_timing import copy_bandwidth
+from kvfold.codebook.trellis import code
 from kvfold.engine.cuda.driver import compile_cubin
+from kvfold.engine.cuda.folding import parities_of
 
 START = time.monotonic()
 
@@ -98,6 +100,11 @@ def test_variants() -> list[tuple[str, tuple[int, ...]]]:
     trellis = ((17, 15), (16, 14), (15, 13), (14, 12), (13, 17), (12, 16), (16, 4), (3, 14))
     for dim in (64, 128, 256):
         out += [("viterbi.cu", (dim, *w)) for w in ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4))]
+        for k, v in trellis[:6]:  # both sides trellis codes
+            for centre, half in ((1, 0), (0, 1)):
+                for side, fmt in enumerate((k, v)):
+                    parities = parities_of(code((fmt - 10) / 2))
+                    out.append(("fold_trellis.cu", (dim, k, v, centre, half, side, *parities)))
         for k, v in (*trellis, (17, 17), (14, 14)):
             out += [("unfold.cu", (dim, k, v, 1, 0)), ("unfold.cu", (dim, k, v, 0, 1))]
         for k, v in itertools.product((4, 3, 2, 1), repeat=2):
@@ -170,10 +177,16 @@ def main() -> None:
             ("u", 3, 128),
             ("3", 3, 64),
             ("3", 3, 256),
+            ("ab", 1, 128),
+            ("cd", 1, 128),
+            ("be", 1, 128),
+            ("df", 1, 128),
+            ("ab", 1, 256),
         ):
             shape = cd.Shape((65536,), dim=dim)
-            t = cd.time_fold(cd.engine(fmt, fmt, shape, search=search), 512)
-            rows.add(shape, "kvfold", t, 2 * shape.values, key=fmt, value=fmt, variant=f"search {search}")
+            key, value = fmt[0], fmt[-1]
+            t = cd.time_fold(cd.engine(key, value, shape, search=search), 512)
+            rows.add(shape, "kvfold", t, 2 * shape.values, key=key, value=value, variant=f"search {search}")
             rate = 2 * shape.values / t.median / 1e6
             print(
                 f"fold {fmt} search {search} D{dim}: {t.median:.1f} us, {rate:.2f} TB/s, {rate * 1e12 / copy:.2f} of copy",

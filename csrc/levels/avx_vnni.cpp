@@ -14,9 +14,10 @@ struct VnniDot {
   static constexpr bool unpacks(int, int) { return false; }
   static Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static Operand split(__m256i level) { return level; }
-  static void step(Sum& sum, Operand level, const std::uint8_t* x) {
+  static Sum step(Sum sum, Operand level, const std::uint8_t* x) {
     sum.high = _mm256_dpbusd_avx_epi32(sum.high, level, Avx2Dot::broadcast(x));
     sum.low = _mm256_dpbusd_avx_epi32(sum.low, level, Avx2Dot::broadcast(x + 4));
+    return sum;
   }
   static __m256i value(Sum sum) { return _mm256_add_epi32(_mm256_slli_epi32(sum.high, 8), sum.low); }
   static void expand(const std::int16_t* grid, std::uint8_t* operand) {

@@ -14,11 +14,20 @@ namespace kvfold {
 constexpr int kTileRows = 8;
 // Queries and softmax weights are 16-bit integers 256 * high + low with signed bytes, hence this largest value.
 constexpr float kGridTop = 32639.0f;
-// Rows of pages are read in address order; code lines are prefetched into the second level cache this far ahead (best of 1 to 32 KB,
-// both levels, where it was measured).
-constexpr int kPrefetchBytes = 8192;
+// With every code line the one this far ahead is asked for, into the first level cache (best of 1 to 16 KB, both levels, on Zen 4).
+constexpr int kPrefetchBytes = 2048;
 constexpr int kLevelBits = 8;  // of levels that were unpacked: a dot product takes them as they are
-constexpr int kOperandBytes = kMaxDim / 4 * kTileRows * 8;
+// Operands of line levels: row by row, eight bytes per quad.
+constexpr int kOperandRow = kMaxDim / 4 * 8;
+constexpr int kOperandBytes = kTileRows * kOperandRow;
+
+constexpr int kBlockPages = 2;  // share a softmax
+
+// Codes of the same lanes in one page or two: their dot products add up, over operands that follow each other.
+struct Parts {
+  const std::uint8_t* codes[kBlockPages];
+  int count;
+};
 
 // Query rows of one KV head, ready for integer dot products.
 struct QueryTile {

@@ -23,7 +23,7 @@
 namespace kvfold {
 namespace {
 
-using Dot = void (*)(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+using Dot = void (*)(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
                      std::int32_t* out);
 
 template <class Simd, int Bits, int Quads>
@@ -61,7 +61,7 @@ void prepare_lines(QueryTile& tile, int dim) {
   std::memset(tile.operand, 0, sizeof tile.operand);
   for (int r = 0; r < tile.rows; ++r)
     for (int quad = 0; quad < dim / 4; ++quad)
-      Simd::expand(tile.grid[r] + 4 * quad, tile.operand + (quad * kTileRows + r) * 8);
+      Simd::expand(tile.grid[r] + 4 * quad, tile.operand + r * kOperandRow + 8 * quad);
 }
 
 // <query, mean> of both halves of a page for rows [first, first + Rows).
@@ -99,12 +99,10 @@ void mean_scores(const PagesTask& task, const Layout& layout, const std::uint8_t
 template <class Simd>
 struct LineSink {  // weights of one block in the order dot() reads
   static constexpr bool kNeedsSums = Simd::kBias != 0;
-  alignas(64) std::uint8_t operand[kBlockPages][kTokenQuads * kTileRows * 8];
+  static_assert(kBlockTokens * 2 <= kOperandRow, "a row of weights fits");
+  alignas(64) std::uint8_t operand[kOperandBytes];
   void tick() {}
-  void put(int row, int token, typename Simd::Int grid) {
-    std::uint8_t* page = operand[token / kPageTokens];
-    Simd::store_quads(grid, page + ((token % kPageTokens) / 4 * kTileRows + row) * 8);
-  }
+  void put(int row, int token, typename Simd::Int grid) { Simd::store_quads(grid, operand + row * kOperandRow + 2 * token); }
 };
 
 // Codes of one side of a page as dot() takes them: packed, or unpacked from a trellis to `levels`; and their tokens' scales.
@@ -156,7 +154,7 @@ struct PagesKernel {
     float bias[kMeans][kTileRows];
     mean_scores<Simd>(task, layout, rows[which], head, tile, bias);
     for (int g = 0; g < kTokenGroups; ++g) {
-      dot(keys[which] + g * group, tile.operand, tile.sum, key.table, ints);
+      dot({{keys[which] + g * group}, 1}, tile.operand, tile.sum, key.table, ints);
       for (int l = 0; l < kLanes; l += Simd::kWidth) {
         const auto scale = Simd::load(key_scales[which] + g * kLanes + l);
         for (int r = 0; r < tile.rows; ++r)
@@ -167,11 +165,13 @@ struct PagesKernel {
     }
   }
 
-  void gather(int which, TileState& state, int count) {
+  void gather(int pages, TileState& state, int count) {
     const Dot dot = dot_for<Simd>(value.bits, kTokenQuads, count);
     const std::size_t group = Layout::group_bytes(kTokenQuads, value.bits);
     for (int g = 0; g < task.format->head_dim / kLanes; ++g) {
-      dot(values[which] + g * group, sink.operand[which], block.sum[which], value.table, ints);
+      Parts parts = {{}, pages};
+      for (int p = 0; p < pages; ++p) parts.codes[p] = values[p] + g * group;
+      dot(parts, sink.operand, block.sum, value.table, ints);
       for (int r = 0; r < count; ++r)
         for (int l = 0; l < kLanes; l += Simd::kWidth) {
           float* out = state.output[r] + g * kLanes + l;
@@ -193,7 +193,7 @@ struct PagesKernel {
       value.scales(rows[p] + layout.value_scales(head), rows[p] + layout.value_unit(head), block.value_scales + p * kPageTokens);
     mask_block(block, task, first, pages, tile.rows);
     softmax<Simd>(block, pages, tile.rows, task.format->head_dim, state, sink);
-    for (int p = 0; p < pages; ++p) gather(p, state, tile.rows);
+    gather(pages, state, tile.rows);
   }
 
   void run() {

@@ -3,12 +3,14 @@
 // walk<Simd, Bits, Quads>(src, part, visit) reads the lines of a group and calls visit(quad, indices) for each of its quads, where
 // `indices` holds in every byte the code of one lane (in its low bits; higher bits are whatever the line held, the lookup ignores
 // them). `part` selects a register's width of every 64-byte line. Layout: format.h. Eight bits are unpacked levels, one quad per line.
+// Packed lines are prefetched at the pace of the walk, by its first part: asked for in bursts they would keep each other waiting.
 // merge() joins two bits and one to a code; where kMergesPairs says so, in both halves of a byte, which are fields f and f + 4.
 #ifndef KVFOLD_PLANES_H
 #define KVFOLD_PLANES_H
 
 #include <cstdint>
 
+#include "level.h"
 #include "unroll.h"
 
 namespace kvfold {
@@ -16,12 +18,16 @@ namespace {
 
 template <class Simd, int Bits, int Quads, class Visit>
 inline void walk(const std::uint8_t* src, int part, const Visit& visit) {
-  src += part * Simd::kBytes;
+  const auto ahead = [src, part](int line) {
+    if (part == 0) Simd::prefetch_codes(src + 64 * line);
+  };
+  const std::uint8_t* mine = src + part * Simd::kBytes;
   if constexpr (Bits == 3) {
     constexpr int kLow = Quads / 4, kHigh = Quads / 8;
     for (int s = 0; s < kHigh; ++s) {
-      const auto high = Simd::load_codes(src + 64 * (kLow + s));
-      const auto even = Simd::load_codes(src + 64 * s), odd = Simd::load_codes(src + 64 * (s + kHigh));
+      const auto high = Simd::load_codes(mine + 64 * (kLow + s));
+      const auto even = Simd::load_codes(mine + 64 * s), odd = Simd::load_codes(mine + 64 * (s + kHigh));
+      for (int line : {s, s + kHigh, s + kLow}) ahead(line);
       if constexpr (Simd::kMergesPairs) {
         unroll<4>([&](auto field) {
           constexpr int f = decltype(field)::value;
@@ -39,7 +45,8 @@ inline void walk(const std::uint8_t* src, int part, const Visit& visit) {
   } else {
     constexpr int kLines = Quads * Bits / 8;
     for (int s = 0; s < kLines; ++s) {
-      const auto raw = Simd::load_codes(src + 64 * s);
+      const auto raw = Simd::load_codes(mine + 64 * s);
+      if constexpr (Bits != kLevelBits) ahead(s);
       unroll<8 / Bits>([&](auto field) {
         constexpr int f = decltype(field)::value;
         visit(s + f * kLines, Simd::template shift<f * Bits>(raw));

@@ -11,6 +11,7 @@
 
 #include "level.h"
 #include "planes.h"
+#include "unroll.h"
 
 namespace kvfold {
 namespace {
@@ -26,9 +27,11 @@ struct Avx2Dot {
   static Operand split(__m256i level) {
     return {_mm256_and_si256(level, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(level, 8)};
   }
-  static void step(Sum& sum, Operand level, const std::uint8_t* x) {
+  static Sum step(Sum sum, Operand level, const std::uint8_t* x) {
     const __m256i even = _mm256_madd_epi16(level.even, broadcast(x)), odd = _mm256_madd_epi16(level.odd, broadcast(x + 4));
     sum = _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+    __asm__("" : "+x"(sum));  // in a register, in this order: left alone, compilers mix quads and run out of registers
+    return sum;
   }
   static __m256i value(Sum sum) { return sum; }
   // Four integers -> [0, 2][1, 3], as int16.
@@ -137,7 +140,7 @@ struct SimdAvx2 {
 
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static void prefetch_codes(const std::uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, _MM_HINT_T0);
   }
   static Codes load_codes(const std::uint8_t* p) { return load_256(p); }
   template <int Shift>
@@ -160,50 +163,52 @@ struct SimdAvx2 {
   static void store_quads(Int grid, std::uint8_t* operand) {
     const __m256i packed = Dot::quads(grid);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(operand), _mm256_castsi256_si128(packed));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(operand + kTileRows * 8), _mm256_extracti128_si256(packed, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(operand + 8), _mm256_extracti128_si256(packed, 1));
   }
 
   template <int Bits, int Quads, int Rows>
-  static void dot(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+  static void dot(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
                   std::int32_t* out) {
-    if constexpr (Bits != kLevelBits && Dot::unpacks(Bits, Rows)) return dot_unpacked<Bits, Quads, Rows>(src, operand, sum, table, out);
+    if constexpr (Bits != kLevelBits && Dot::unpacks(Bits, Rows))
+      return dot_unpacked<Bits, Quads, Rows>(parts, operand, sum, table, out);
     constexpr int kRows = Rows < Dot::kRows ? Rows : Dot::kRows;
-    if constexpr (Bits != kLevelBits)
-      for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
     for (int first = 0; first < Rows; first += kRows)
-      for (int half = 0; half < 2; ++half)
-        half_line<Bits, Quads, kRows>(src, half, operand + 8 * first, sum + first, table, out + first * kLanes + 8 * half);
+      unroll<2>([&](auto half) {
+        half_line<Bits, Quads, kRows, decltype(half)::value>(parts, operand + first * kOperandRow, sum + first, table,
+                                                             out + first * kLanes + 8 * half);
+      });
   }
 
  private:
   // Levels first, into the first level cache: two short loops whose values all have registers.
   template <int Bits, int Quads, int Rows>
-  static void dot_unpacked(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+  static void dot_unpacked(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
                            std::int32_t* out) {
-    alignas(64) std::uint8_t unpacked[Quads * 64];
-    for (int line = 0; line < Quads * Bits / 8; ++line) prefetch_codes(src + 64 * line);
+    alignas(64) std::uint8_t unpacked[kBlockPages][Quads * 64];
     const Codes levels = load_256(table);
-    for (int half = 0; half < 2; ++half)
-      walk<SimdAvx2, Bits, Quads>(src, half, [&](int quad, Codes codes) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(unpacked + 64 * quad + 32 * half), lookup(codes, levels));
-      });
-    dot<kLevelBits, Quads, Rows>(unpacked, operand, sum, table, out);
+    for (int part = 0; part < parts.count; ++part)
+      for (int half = 0; half < 2; ++half)
+        walk<SimdAvx2, Bits, Quads>(parts.codes[part], half, [&](int quad, Codes codes) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(unpacked[part] + 64 * quad + 32 * half), lookup(codes, levels));
+        });
+    dot<kLevelBits, Quads, Rows>({{unpacked[0], unpacked[1]}, parts.count}, operand, sum, table, out);
   }
 
-  template <int Bits, int Quads, int Rows>
-  static void half_line(const std::uint8_t* src, int half, const std::uint8_t* operand, const std::int32_t* sum,
-                        const std::uint8_t* table, std::int32_t* out) {
+  template <int Bits, int Quads, int Rows, int Half>
+  static void half_line(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+                        std::int32_t* out) {
     const Codes levels = load_256(table);
     typename Dot::Sum sums[Rows];
-    for (int r = 0; r < Rows; ++r) sums[r] = Dot::zero();
-    walk<SimdAvx2, Bits, Quads>(src, half, [&](int quad, Codes codes) {
-      const auto level = Dot::split(Bits == kLevelBits ? codes : lookup(codes, levels));
-      const std::uint8_t* x = operand + quad * kTileRows * 8;
-      for (int r = 0; r < Rows; ++r) Dot::step(sums[r], level, x + 8 * r);
-    });
-    for (int r = 0; r < Rows; ++r)
+    unroll<Rows>([&](auto r) { sums[r] = Dot::zero(); });
+    for (int part = 0; part < parts.count; ++part, operand += 8 * Quads)
+      walk<SimdAvx2, Bits, Quads>(parts.codes[part], Half, [&](int quad, Codes codes) {
+        const auto level = Dot::split(Bits == kLevelBits ? codes : lookup(codes, levels));
+        unroll<Rows>([&](auto r) { sums[r] = Dot::step(sums[r], level, operand + 8 * quad + r * kOperandRow); });
+      });
+    unroll<Rows>([&](auto r) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * kLanes),
                          _mm256_sub_epi32(Dot::value(sums[r]), _mm256_set1_epi32(kBias * sum[r])));
+    });
   }
   static __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

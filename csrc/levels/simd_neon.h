@@ -90,6 +90,7 @@ struct SimdNeon {
   }
 
   static void prefetch(const void* p) { __builtin_prefetch(p); }
+  static void prefetch_codes(const std::uint8_t* p) { __builtin_prefetch(p + kPrefetchBytes); }
   static Codes load_codes(const std::uint8_t* p) { return vld1q_u8(p); }
   template <int Shift>
   static Codes shift(Codes a) {
@@ -115,33 +116,29 @@ struct SimdNeon {
   }
 
   template <int Bits, int Quads, int Rows>
-  static void dot(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t*, const std::uint8_t* table,
-                  std::int32_t* out) {
+  static void dot(const Parts& parts, const std::uint8_t* operand, const std::int32_t*, const std::uint8_t* table, std::int32_t* out) {
     constexpr int kRows = Rows < 4 ? Rows : 4;  // a pass: 16 accumulators for two quarters of the lines
-    if constexpr (Bits != kLevelBits)
-      for (int line = 0; line < Quads * Bits / 8; ++line) prefetch(src + 64 * line + kPrefetchBytes);
     for (int first = 0; first < Rows; first += kRows)
       for (int quarter = 0; quarter < 4; ++quarter)
-        quarter_line<Bits, Quads, kRows>(src, quarter, operand + 8 * first, table, out + first * kLanes + 4 * quarter);
+        quarter_line<Bits, Quads, kRows>(parts, quarter, operand + first * kOperandRow, table, out + first * kLanes + 4 * quarter);
   }
 
  private:
   template <int Bits, int Quads, int Rows>
-  static void quarter_line(const std::uint8_t* src, int quarter, const std::uint8_t* operand, const std::uint8_t* table,
-                           std::int32_t* out) {
+  static void quarter_line(const Parts& parts, int quarter, const std::uint8_t* operand, const std::uint8_t* table, std::int32_t* out) {
     const int8x16_t levels = vreinterpretq_s8_u8(vld1q_u8(table));
     Int high[Rows], low[Rows];
     for (int r = 0; r < Rows; ++r) high[r] = low[r] = vdupq_n_s32(0);
-    walk<SimdNeon, Bits, Quads>(src, quarter, [&](int quad, Codes codes) {
-      const int8x16_t level =
-          Bits == kLevelBits ? vreinterpretq_s8_u8(codes) : vqtbl1q_s8(levels, vandq_u8(codes, vdupq_n_u8(15)));
-      const std::uint8_t* x = operand + quad * kTileRows * 8;
-      for (int r = 0; r < Rows; ++r) {
-        const int8x8_t bytes = vreinterpret_s8_u8(vld1_u8(x + 8 * r));
-        high[r] = vdotq_lane_s32(high[r], level, bytes, 0);
-        low[r] = vdotq_lane_s32(low[r], level, bytes, 1);
-      }
-    });
+    for (int part = 0; part < parts.count; ++part, operand += 8 * Quads)
+      walk<SimdNeon, Bits, Quads>(parts.codes[part], quarter, [&](int quad, Codes codes) {
+        const int8x16_t level =
+            Bits == kLevelBits ? vreinterpretq_s8_u8(codes) : vqtbl1q_s8(levels, vandq_u8(codes, vdupq_n_u8(15)));
+        for (int r = 0; r < Rows; ++r) {
+          const int8x8_t bytes = vreinterpret_s8_u8(vld1_u8(operand + 8 * quad + r * kOperandRow));
+          high[r] = vdotq_lane_s32(high[r], level, bytes, 0);
+          low[r] = vdotq_lane_s32(low[r], level, bytes, 1);
+        }
+      });
     for (int r = 0; r < Rows; ++r) vst1q_s32(out + r * kLanes, vaddq_s32(vshlq_n_s32(high[r], 8), low[r]));
   }
 };

@@ -87,6 +87,7 @@ struct SimdScalar {
   }
 
   static void prefetch(const void*) {}
+  static void prefetch_codes(const std::uint8_t*) {}
   static Codes load_codes(const std::uint8_t* p) {
     Codes out;
     std::memcpy(out.v, p, sizeof out.v);
@@ -113,19 +114,19 @@ struct SimdScalar {
   }
 
   template <int Bits, int Quads, int Rows>
-  static void dot(const std::uint8_t* src, const std::uint8_t* operand, const std::int32_t*, const std::uint8_t* table,
-                  std::int32_t* out) {
+  static void dot(const Parts& parts, const std::uint8_t* operand, const std::int32_t*, const std::uint8_t* table, std::int32_t* out) {
     std::memset(out, 0, sizeof(std::int32_t) * Rows * kLanes);
-    for (int part = 0; part < 4; ++part)
-      walk<SimdScalar, Bits, Quads>(src, part, [&](int quad, Codes codes) {
-        for (int r = 0; r < Rows; ++r) {
-          std::int16_t x[4];
-          std::memcpy(x, operand + (quad * kTileRows + r) * 8, 8);
-          for (int i = 0; i < 16; ++i)
-            out[r * kLanes + 4 * part + i / 4] +=
-                static_cast<std::int8_t>(Bits == kLevelBits ? codes.v[i] : table[codes.v[i] & 15]) * x[i % 4];
-        }
-      });
+    for (int part = 0; part < parts.count; ++part, operand += 8 * Quads)
+      for (int quarter = 0; quarter < 4; ++quarter)
+        walk<SimdScalar, Bits, Quads>(parts.codes[part], quarter, [&](int quad, Codes codes) {
+          for (int r = 0; r < Rows; ++r) {
+            std::int16_t x[4];
+            std::memcpy(x, operand + 8 * quad + r * kOperandRow, 8);
+            for (int i = 0; i < 16; ++i)
+              out[r * kLanes + 4 * quarter + i / 4] +=
+                  static_cast<std::int8_t>(Bits == kLevelBits ? codes.v[i] : table[codes.v[i] & 15]) * x[i % 4];
+          }
+        });
   }
 };
 

@@ -5,6 +5,7 @@
 #ifndef KVFOLD_SOFTMAX_H
 #define KVFOLD_SOFTMAX_H
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -14,15 +15,14 @@
 namespace kvfold {
 namespace {
 
-constexpr int kBlockPages = 2;
 constexpr int kBlockTokens = kBlockPages * kPageTokens;
 constexpr float kMasked = -3e38f;
 
 struct ScoreBlock {
   alignas(64) float scores[kTileRows][kBlockTokens];
   alignas(64) float value_scales[kBlockTokens];
-  std::int32_t sum[kBlockPages][kTileRows];  // of integer weights
-  float scale[kTileRows];                    // of one unit of integer weight
+  std::int32_t sum[kTileRows];  // of integer weights
+  float scale[kTileRows];       // of one unit of integer weight
 };
 
 // Hides what is not to be read through pages in the block of `pages` that starts at page `first` of the task. Comes after value
@@ -30,11 +30,14 @@ struct ScoreBlock {
 inline void mask_block(ScoreBlock& block, const PagesTask& task, std::int64_t first, int pages, int rows) {
   const std::int64_t start = first * kPageTokens, tokens = pages * kPageTokens;
   if (start >= task.first_token && start + tokens <= task.end_token) return;
-  for (int r = 0; r < rows; ++r)
-    for (int t = 0; t < tokens; ++t)
-      if (start + t < task.first_token || start + t >= task.end_token) block.scores[r][t] = kMasked;
-  for (int t = 0; t < tokens; ++t)
-    if (start + t < task.first_token || start + t >= task.end_token) block.value_scales[t] = 0.0f;
+  const auto begin = std::clamp<std::int64_t>(task.first_token - start, 0, tokens);
+  const auto end = std::clamp<std::int64_t>(task.end_token - start, begin, tokens);
+  const auto hide = [=](float* of, float with) {
+    std::fill(of, of + begin, with);
+    std::fill(of + end, of + tokens, with);
+  };
+  for (int r = 0; r < rows; ++r) hide(block.scores[r], kMasked);
+  hide(block.value_scales, 0.0f);
 }
 
 template <class Simd>
@@ -95,23 +98,21 @@ void softmax_rows(ScoreBlock& block, int pages, int first, int dim, float unit, 
     offsets[r] = Simd::set(peaks[r]);
     totals[r] = Simd::set(0.0f);
   }
-  for (int p = 0; p < pages; ++p) {
-    typename Simd::Int sums[Rows];
-    for (auto& sum : sums) sum = Simd::zero_int();
-    for (int t = p * kPageTokens; t < (p + 1) * kPageTokens; t += Simd::kWidth) {
-      sink.tick();
-      const Float scale = Simd::load(block.value_scales + t);
-      for (int r = 0; r < Rows; ++r) {
-        const Float weight = Simd::exp2(Simd::sub(Simd::load(block.scores[first + r] + t), offsets[r]));
-        totals[r] = Simd::add(totals[r], weight);
-        const auto grid = Simd::round(Simd::mul(weight, scale));
-        if constexpr (Sink::kNeedsSums) sums[r] = Simd::add_int(sums[r], grid);
-        sink.put(first + r, t, grid);
-      }
+  typename Simd::Int sums[Rows];
+  for (auto& sum : sums) sum = Simd::zero_int();
+  for (int t = 0; t < tokens; t += Simd::kWidth) {
+    sink.tick();
+    const Float scale = Simd::load(block.value_scales + t);
+    for (int r = 0; r < Rows; ++r) {
+      const Float weight = Simd::exp2(Simd::sub(Simd::load(block.scores[first + r] + t), offsets[r]));
+      totals[r] = Simd::add(totals[r], weight);
+      const auto grid = Simd::round(Simd::mul(weight, scale));
+      if constexpr (Sink::kNeedsSums) sums[r] = Simd::add_int(sums[r], grid);
+      sink.put(first + r, t, grid);
     }
-    if constexpr (Sink::kNeedsSums)
-      for (int r = 0; r < Rows; ++r) block.sum[p][first + r] = Simd::reduce_add_int(sums[r]);
   }
+  if constexpr (Sink::kNeedsSums)
+    for (int r = 0; r < Rows; ++r) block.sum[first + r] = Simd::reduce_add_int(sums[r]);
   for (int r = 0; r < Rows; ++r) {
     state.total[first + r] += relative[r] * Simd::reduce_add(totals[r]);
     block.scale[first + r] = relative[r] * unit;

@@ -1,7 +1,8 @@
 // The trellis encoder of a page, bit for bit the canonical one: lanes of vectors side by side through rotation, search, scales and
 // packing. Every array is [coordinate][lane], so that butterflies and sums along the halving tree are operations on whole rows.
 //
-//   y = H (s * x)     r = sqrt(tree(y * y) / D)     u = y / r by one reciprocal     input = u in steps of the search, rounded and clipped
+//   y = H (s * x)     r = sqrt(tree(y * y) / D)     u = y / r by one reciprocal     input = gain * u, rounded and clipped
+//   path by search, of one or three gains the one with the largest <u, L>^2 / |L|^2
 //   scale by its rule from <u, L> and |L|^2; unit = the page's largest / 50 as float16; header = scale / unit, rounded, and the start
 #ifndef KVFOLD_TRELLIS_FOLD_H
 #define KVFOLD_TRELLIS_FOLD_H
@@ -92,47 +93,95 @@ void pack_rows(const std::uint8_t (*symbols)[kCount], int dim, const kvf_trellis
   }
 }
 
-// Scales of one block of vectors and the numbers of their start states. False: a vector is not finite.
+// Vectors of one block on their way: u, the inputs made of it, and a path with what it is worth.
+template <int kCount>
+struct Block {
+  struct Path {
+    std::uint8_t symbols[kMaxDim][kCount], starts[kCount];
+    std::int8_t levels[kMaxDim][kCount];
+    float dot[kCount], square[kCount];  // <u, L>, <L, L>
+  };
+  alignas(64) float u[kMaxDim][kCount];
+  alignas(64) std::int16_t inputs[kMaxDim][kCount];
+  float radius[kCount];
+  Path best, tried;
+};
+
+// False: a vector is not finite.
+template <class Simd, int kCount>
+bool normalise_rows(const TrellisFold& task, int first, Block<kCount>& block) {
+  auto& u = block.u;
+  const float dims = static_cast<float>(task.dim);
+  load_turned<Simd, kCount>(task, first, u);
+  hadamard_rows<kCount>(u, task.dim);
+  tree_rows<kCount>(task.dim, block.radius, [&](int j, int v) { return u[j][v] * u[j][v]; });
+  alignas(64) float inverse[kCount];
+  for (int v = 0; v < kCount; ++v) {
+    block.radius[v] = std::sqrt(block.radius[v] / dims);
+    if (!(block.radius[v] <= 3.4e38f)) return false;
+    inverse[v] = block.radius[v] > 0.0f ? 1.0f / block.radius[v] : 0.0f;
+  }
+  for (int j = 0; j < task.dim; ++j) each_lane<kCount>([&](int v) { u[j][v] *= inverse[v]; });
+  return true;
+}
+
+// The path of u times `gain`.
+template <class Lanes, int kCount>
+void try_gain(const Paths& paths, int dim, float gain, Block<kCount>& block, typename Block<kCount>::Path& path) {
+  const float clip = static_cast<float>(paths.code.clip);
+  for (int j = 0; j < dim; ++j)
+    each_lane<kCount>([&](int v) {
+      float input = block.u[j][v] * gain;
+      input = input < -clip ? -clip : input;
+      input = input > clip ? clip : input;
+      block.inputs[j][v] = static_cast<std::int16_t>(static_cast<std::int32_t>(nearest_integer(input)));
+    });
+  search<Lanes>(paths, {&paths.code, block.inputs[0], path.symbols[0], path.levels[0], path.starts, dim});
+  tree_rows<kCount>(dim, path.dot, [&](int j, int v) { return block.u[j][v] * static_cast<float>(path.levels[j][v]); });
+  tree_rows<kCount>(dim, path.square, [&](int j, int v) {
+    const float level = static_cast<float>(path.levels[j][v]);
+    return level * level;
+  });
+}
+
+// Keeps the path that was tried for the vectors that it suits better. The level of a symbol is not asked for again.
+template <int kCount>
+void keep_better(int dim, Block<kCount>& block) {
+  std::uint8_t better[kCount];
+  for (int v = 0; v < kCount; ++v) {
+    const Fit tried{block.tried.dot[v], block.tried.square[v]}, best{block.best.dot[v], block.best.square[v]};
+    better[v] = tried.gain() > best.gain() ? 1 : 0;
+    if (better[v] == 0) continue;
+    block.best.dot[v] = tried.dot;
+    block.best.square[v] = tried.square;
+    block.best.starts[v] = block.tried.starts[v];
+  }
+  for (int j = 0; j < dim; ++j)
+    each_lane<kCount>(
+        [&](int v) { block.best.symbols[j][v] = better[v] != 0 ? block.tried.symbols[j][v] : block.best.symbols[j][v]; });
+}
+
+// Codes of one block of vectors; their scales, and the numbers of their start states. False: a vector is not finite.
 template <class Simd, class Lanes>
 bool encode_rows(const TrellisFold& task, const Paths& paths, int first, float* scales, std::uint8_t* starts) {
   constexpr int kCount = Lanes::kLanes;
-  const kvf_trellis& code = paths.code;
-  const int dim = task.dim;
-  const float dims = static_cast<float>(dim), clip = static_cast<float>(code.clip), gain = code.gain;
-  alignas(64) float y[kMaxDim][kCount], radius[kCount], inverse[kCount], dot[kCount], square[kCount];
-  alignas(64) std::int16_t inputs[kMaxDim][kCount];
-  alignas(64) std::uint8_t symbols[kMaxDim][kCount];
-  alignas(64) std::int8_t levels[kMaxDim][kCount];
-  std::uint8_t states[kCount];
-  load_turned<Simd, kCount>(task, first, y);
-  hadamard_rows<kCount>(y, dim);
-  tree_rows<kCount>(dim, radius, [&](int j, int v) { return y[j][v] * y[j][v]; });
-  for (int v = 0; v < kCount; ++v) {
-    radius[v] = std::sqrt(radius[v] / dims);
-    if (!(radius[v] <= 3.4e38f)) return false;
-    inverse[v] = radius[v] > 0.0f ? 1.0f / radius[v] : 0.0f;
+  constexpr float kFactors[3] = {1.0f, 0.95f, 1.06f};  // of the code's gain; the first of the best paths wins
+  Block<kCount> block;
+  if (!normalise_rows<Simd, kCount>(task, first, block)) return false;
+  try_gain<Lanes, kCount>(paths, task.dim, paths.code.gain, block, block.best);
+  for (int i = 1; i < task.side->searches; ++i) {
+    try_gain<Lanes, kCount>(paths, task.dim, paths.code.gain * kFactors[i], block, block.tried);
+    keep_better<kCount>(task.dim, block);
   }
-  for (int j = 0; j < dim; ++j)
-    each_lane<kCount>([&](int v) {
-      y[j][v] *= inverse[v];
-      float input = y[j][v] * gain;
-      input = input < -clip ? -clip : input;
-      input = input > clip ? clip : input;
-      inputs[j][v] = static_cast<std::int16_t>(static_cast<std::int32_t>(nearest_integer(input)));
-    });
-  search<Lanes>(paths, {&code, inputs[0], symbols[0], levels[0], states, dim});
-  tree_rows<kCount>(dim, dot, [&](int j, int v) { return y[j][v] * static_cast<float>(levels[j][v]); });
-  tree_rows<kCount>(dim, square, [&](int j, int v) {
-    const float level = static_cast<float>(levels[j][v]);
-    return level * level;
-  });
   for (int v = 0; v < kCount; ++v) {
-    scales[first + v] = radius[v] > 0.0f ? scale_of(*task.side, dim, radius[v], {dot[v], square[v]}) : 0.0f;
+    const float radius = block.radius[v];
+    scales[first + v] =
+        radius > 0.0f ? scale_of(*task.side, task.dim, radius, {block.best.dot[v], block.best.square[v]}) : 0.0f;
     std::uint8_t number = 0;
-    for (int s = 0; s < states[v]; ++s) number = static_cast<std::uint8_t>(number + (code.starts >> s & 1));
+    for (int s = 0; s < block.best.starts[v]; ++s) number = static_cast<std::uint8_t>(number + (paths.code.starts >> s & 1));
     starts[first + v] = number;
   }
-  pack_rows<kCount>(symbols, dim, *task.side->trellis, first, task.codes);
+  pack_rows<kCount>(block.best.symbols, task.dim, *task.side->trellis, first, task.codes);
   return true;
 }
 

@@ -39,6 +39,7 @@ class Implementation:
 ENGINES = (
     Implementation("cuda", "kvfold.engine.cuda.engine", "CudaEngine"),
     Implementation("cpu", "kvfold.engine.cpu.engine", "CpuEngine", knows=("a sliding window",)),
+    Implementation("triton", "kvfold.engine.triton.engine", "TritonEngine", knows=None),
     Implementation("torch", "kvfold.engine.on_torch", "make", knows=None),
 )
 

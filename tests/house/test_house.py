@@ -50,6 +50,7 @@ EXCEPTIONS = {
     "cli/evaluate.py:eval_": "half of it declares options",
     "cli/tune.py:tune": "half of it declares options",
     "bench/run.py:run": "one parameter per option of the bench command",
+    "engine/triton/kernels.py:finish": "a kernel's arguments: tensors, numbers, constants",
     "engine/cuda/arguments.py:sequence_words": "one parameter per word of the record that kernels read",
 }
 # Paths and addresses of a machine.

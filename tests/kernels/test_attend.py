@@ -23,19 +23,21 @@ from kvfold.engine.request import LayerShape
 from kvfold.engine.variant import Variant
 from kvfold.errors import InvalidConfig, NoImplementation, ShapeMismatch, Unsupported
 
-ENGINES = ("torch", "cpu", "cuda")  # one test body for all; an engine that cannot run here skips with its reasons
+# One test body for all; an engine that cannot run here skips with its reasons. Triton's interpreter takes minutes.
+ENGINES = ("torch", "cpu", "cuda", pytest.param("triton", marks=pytest.mark.slow))
 HEADS = 2
 MSE = CacheSpec()
 RAW = CacheSpec(SideSpec("raw", 16), SideSpec("raw", 16), 0, 0, False)
-# What an engine's own arithmetic adds, relative to the largest value: `cpu` rounds queries and weights to 16 bits, `cuda`
-# multiplies in the model's 16-bit dtype.
+# What an engine's own arithmetic adds, relative to the largest value: `cpu` rounds queries and weights to 16 bits, `triton`
+# weights, `cuda` multiplies in the model's 16-bit dtype.
 DTYPES = {"cuda": torch.bfloat16}  # float32 elsewhere
-PRECISION = {"torch": 0.0, "cpu": 5e-4, "cuda": 4e-3}
+PRECISION = {"torch": 0.0, "cpu": 5e-4, "triton": 5e-4, "cuda": 4e-3}
 FLOOR = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 
 
 def place(name: str, dtype: torch.dtype | None = None) -> tuple[torch.device, torch.dtype]:
-    return torch.device("cuda" if name == "cuda" else "cpu"), dtype or DTYPES.get(name, torch.float32)
+    on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
+    return torch.device("cuda" if on_gpu else "cpu"), dtype or DTYPES.get(name, torch.float32)
 
 
 def build(name: str, spec: CacheSpec, dim: int, dtype: torch.dtype | None = None) -> FoldedAttention:
@@ -204,7 +206,7 @@ def test_raw_pages_are_exact_attention(name: str) -> None:
     check(name, RAW, 64, [450], 7, 3)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ["torch", "cpu", "cuda"])
 def test_a_long_prefill_call_is_tiled(name: str) -> None:
     """Tiles of queries, of new keys and of pages, none of which divides the others."""
     check(name, MSE, 64, [1100], 700, 2)

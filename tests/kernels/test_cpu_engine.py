@@ -32,6 +32,10 @@ SIDES = {
     "trellis-2-1": (SideSpec("trellis", 2, "unbiased"), SideSpec("trellis", 1, "norm")),
     "trellis-2.5-1.5": (SideSpec("trellis", 2.5, "unbiased"), SideSpec("trellis", 1.5, "unbiased")),
     "trellis-3-3.5": (SideSpec("trellis", 3, "least-squares"), SideSpec("trellis", 3.5, "match")),
+    "trellis-1.5-2": (
+        SideSpec("trellis", 1.5, "unbiased", search=3),
+        SideSpec("trellis", 2, "least-squares", search=3),
+    ),
     "trellis-3.5-mse": (SideSpec("trellis", 3.5, "unbiased"), SideSpec("mse", 3, "unbiased")),
     "mse-trellis-2.5": (SideSpec("mse", 4, "unbiased"), SideSpec("trellis", 2.5, "unbiased")),
 }

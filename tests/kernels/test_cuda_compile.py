@@ -6,8 +6,10 @@ import re
 
 import pytest
 
+from kvfold.codebook.trellis import code
 from kvfold.engine.cuda import driver
 from kvfold.engine.cuda.arguments import plan_rings, shared_limit
+from kvfold.engine.cuda.folding import parities_of
 from kvfold.errors import NoImplementation
 
 # Bytes of register spills a variant may have. The page loop itself holds almost none (see docs/gpu.md); what spills lies
@@ -49,7 +51,7 @@ def test_fold_and_unfold_stay_in_registers(arch: str, name: str) -> None:
     for dim in (64, 128, 256):
         for key, value in FORMATS:
             if name == "fold.cu" and max(key, value) > TRELLIS:
-                continue  # coded by torch and viterbi.cu
+                continue  # fold_trellis.cu
             registers, spilled = resources(name, (dim, key, value, 1, 0), arch)
             assert registers <= 128, (dim, key, value, registers)
             assert spilled <= SPILL_BUDGET[name], (dim, key, value, spilled)
@@ -60,3 +62,12 @@ def test_fold_and_unfold_stay_in_registers(arch: str, name: str) -> None:
 def test_search_fits(arch: str, widths: tuple[int, int]) -> None:
     registers, spilled = resources("viterbi.cu", (128, *widths), arch)
     assert (registers <= 128, spilled) == (True, 0), (registers, spilled)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "rate"), [("90", 64, 1), ("90", 128, 2), ("90", 256, 3.5), ("80", 128, 3.5), ("120", 128, 3.5)]
+)
+def test_trellis_fold_fits(arch: str, dim: int, rate: float) -> None:
+    fmt = TRELLIS + int(2 * rate)
+    registers, spilled = resources("fold_trellis.cu", (dim, fmt, fmt, 1, 0, 0, *parities_of(code(rate))), arch)
+    assert (registers <= 255, spilled) == (True, 0), (registers, spilled)

@@ -269,6 +269,8 @@ int main() {
         value.search = &values.search;
         key.scale_rule = KVF_SCALE_UNBIASED;
         value.scale_rule = KVF_SCALE_LEAST_SQUARES;
+        key.searches = 1;
+        value.searches = 3;
         Case c(dim, 3, s[0], s[1], key, value);
         if (s == shapes[1]) compare_bytes(c, scalar, code.name);
         c.randomise();

@@ -42,6 +42,7 @@ class Captured:
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
         self.calls = calls  # a graph does not keep its inputs alive
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # which may still be making the inputs
         with torch.cuda.stream(stream):
             for call in calls[:3]:
                 call()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ from kvfold.errors import InvalidConfig
 WORKING_SET = 512 << 20  # bytes a contender cycles over, at least two copies
 MAX_COPY_BYTES = 400 << 20  # above this a single copy is far larger than any cache left to one core
 SOURCE_PAGES = 16  # distinct pages, repeated
-NAMES = ("kvfold", "read-floor", "torch-sdpa", "torch-sdpa-folded", "torch-eager")
+NAMES = ("kvfold", "read-floor", "torch-sdpa", "torch-sdpa-folded")
+FOLD_NAMES = ("kvfold", "scalar", "torch-eager")
 CPU = torch.device("cpu")
 
 
@@ -50,8 +53,8 @@ class Field:
         """Nothing is left under way after a step."""
 
     def contender(self, name: str) -> Contender:
-        """One of NAMES; `fold` knows kvfold and torch-eager, the other operations all but torch-eager."""
-        known = ("kvfold", "torch-eager") if self.case.op == "fold" else NAMES[:-1]
+        """One of FOLD_NAMES for `fold`, else one of NAMES."""
+        known = FOLD_NAMES if self.case.op == "fold" else NAMES
         if name not in known:
             raise InvalidConfig(f"no contender {name!r} for {self.case.op} on cpu", f"Use some of: {', '.join(known)}")
         if self.case.op == "fold":
@@ -133,8 +136,18 @@ class Field:
         k, v = self.exact[0]
         return Contender(name, step, k.nbytes + v.nbytes)
 
+    def _scalar(self) -> CpuEngine:
+        """The same level's encoder of the scalar codes that are no narrower."""
+        spec = self.case.spec
+        key, value = (replace(side, codec="mse", bits=math.ceil(side.bits)) for side in (spec.key, spec.value))
+        shape = self.engine.shape
+        scalar = replace(spec, key=key, value=value)
+        return CpuEngine(scalar, shape, self.dtype, CPU, level=self.level, threads=self.case.threads)
+
     def _fold(self, name: str) -> Contender:
-        engine = self.engine if name == "kvfold" else self.torch_engine
+        engine: CpuEngine | TorchEngine = self._scalar() if name == "scalar" else self.engine
+        if name == "torch-eager":
+            engine = self.torch_engine
         pages = self.case.pages
         keys, values = (torch.cat([x] * -(-pages // SOURCE_PAGES))[:pages] for x in self.vectors)
         rows = list(torch.empty(pages, engine.page_bytes, dtype=torch.uint8))

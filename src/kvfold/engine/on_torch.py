@@ -194,10 +194,12 @@ class TorchEngine:
         # Without pages there is nothing to lift, and no codec state to lift it with.
         online = _Online(heads, rows.shape[1], self.weighed if view.runs else dim, q.device)
         online.softcap = call.softcap
-        # First token, counted from the first page, that each row reads; None where all are read.
-        low = self._low(view, new, groups)
+        past = view.folded + view.recent_k.shape[1]
+        if (reach := self.shape.variant.reach) is not None:
+            online.hidden_to = torch.tensor([view.hidden(reach, i) - 1 for i in range(new)], device=q.device)
+            online.hidden_to = online.hidden_to.repeat_interleave(groups)
         if view.runs:
-            self._pages(online, rows, view, low)
+            self._pages(online, rows, view)
         sinks = self.spec.sinks if view.folded else 0
         past_k, past_v = self.attended(
             torch.cat([view.sinks_k[:, :sinks], view.recent_k], dim=1).float(),
@@ -205,9 +207,11 @@ class TorchEngine:
         )
         if past_k.shape[1]:
             tile = max(1, SCORE_VALUES // (heads * past_k.shape[1]))
+            t = torch.arange(past - past_k.shape[1], past, device=q.device)
+            t[:sinks] = torch.arange(sinks, device=q.device)
             for i in range(0, rows.shape[1], tile):
                 at = slice(i, min(i + tile, rows.shape[1]))
-                online.block(rows[:, at], past_k, past_v, at=at, mask=_before(low, at, view.folded - sinks, past_k))
+                online.block(rows[:, at], past_k, past_v, at=at, mask=online.beyond(t, at))
         tile = max(1, SCORE_VALUES // (heads * groups * min(new, 512)))
         for start in range(0, new, 512):
             stop = min(start + 512, new)
@@ -215,10 +219,10 @@ class TorchEngine:
             for i in range(start, new, tile):
                 j = min(i + tile, new)
                 at = slice(i * groups, j * groups)
-                after = torch.arange(start, stop, device=q.device) > torch.arange(i, j, device=q.device)[:, None]
-                before = _before(low, at, view.folded + view.recent_k.shape[1] + start, nk)
-                mask = _either(after.repeat_interleave(groups, dim=0) if i < stop else None, before)
-                online.block(rows[:, at], nk, nv, at=at, mask=mask)
+                t = torch.arange(start, stop, device=q.device)
+                later = t > torch.arange(i, j, device=q.device)[:, None]
+                mask = later.repeat_interleave(groups, dim=0) if i < stop else None
+                online.block(rows[:, at], nk, nv, at=at, mask=online.beyond(past + t, at, mask))
         if call.sink_logits is not None:
             online.sink(call.sink_logits.float().unflatten(0, (heads, groups)).repeat(1, new))
         o = online.values / online.mass[..., None]
@@ -229,12 +233,6 @@ class TorchEngine:
         """What attention reads [H, n, *] of what is kept."""
         return keys, values
 
-    def _low(self, view: SequenceView, new: int, groups: int) -> Tensor | None:
-        reach = self.shape.variant.reach
-        if reach is None:
-            return None
-        return torch.tensor([view.hidden(reach, i) for i in range(new)], device=self.device).repeat_interleave(groups)
-
     def _absent(self, token: int, n: int, view: SequenceView) -> Tensor | None:
         """Which of n tokens of pages, from `token` on, are not read there [n]; None if all are."""
         if token >= self.spec.sinks and token + n <= view.folded:
@@ -242,8 +240,8 @@ class TorchEngine:
         t = torch.arange(token, token + n, device=self.device)
         return (t < self.spec.sinks) | (t >= view.folded)
 
-    def _pages(self, online: _Online, rows: Tensor, view: SequenceView, low: Tensor | None) -> None:
-        """Attend to pages; leaves values in their own basis. low: see _attend_row."""
+    def _pages(self, online: _Online, rows: Tensor, view: SequenceView) -> None:
+        """Attend to pages; leaves values in their own basis."""
         zq = self.key.project(rows, view.state_k)
         tile = max(1, SCORE_VALUES // (zq.shape[0] * self.block_pages * PAGE_TOKENS))
         token = 0
@@ -259,7 +257,7 @@ class TorchEngine:
             for i in range(0, rows.shape[1], tile):
                 at = slice(i, min(i + tile, rows.shape[1]))
                 offset = (rows[:, at] @ mean.mT).repeat_interleave(MEAN_TOKENS, dim=2) if mean is not None else None
-                mask = _either(absent, _before(low, at, token, zk))
+                mask = online.beyond(torch.arange(token, token + n, device=self.device), at, absent)
                 online.block(zq[:, at], zk, zv, at=at, mask=mask, offset=offset)
             token += n
         online.values = self.value.lift(online.values, view.state_v)
@@ -276,7 +274,7 @@ class LatentEngine(TorchEngine):
     def attended(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([keys, values], dim=-1), keys
 
-    def _pages(self, online: _Online, rows: Tensor, view: SequenceView, low: Tensor | None) -> None:
+    def _pages(self, online: _Online, rows: Tensor, view: SequenceView) -> None:
         """Latents are reconstructed a block at a time: their mean is part of the value, so it cannot be left to scores."""
         tile = max(1, SCORE_VALUES // (rows.shape[0] * self.block_pages * PAGE_TOKENS))
         token = 0
@@ -288,19 +286,9 @@ class LatentEngine(TorchEngine):
                 values = values.masked_fill(absent[:, None], 0.0)
             for i in range(0, rows.shape[1], tile):
                 at = slice(i, min(i + tile, rows.shape[1]))
-                online.block(rows[:, at], keys, values, at=at, mask=absent)
+                mask = online.beyond(torch.arange(token, token + n, device=self.device), at, absent)
+                online.block(rows[:, at], keys, values, at=at, mask=mask)
             token += n
-
-
-def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a | b
-
-
-def _before(low: Tensor | None, at: slice, token: int, keys: Tensor) -> Tensor | None:
-    """Which of the keys [H, n, *], tokens `token` and on, lie before what the rows `at` read: [rows, n]; None if none does."""
-    if low is None:
-        return None
-    return torch.arange(token, token + keys.shape[1], device=keys.device) < low[at, None]
 
 
 def blocks(runs: list[Tensor], pages: int) -> Iterator[Tensor]:
@@ -331,6 +319,14 @@ class _Online:
         self.mass = torch.zeros(heads, rows, device=device)
         self.values = torch.zeros(heads, rows, latent, device=device)
         self.softcap: float | None = None
+        self.hidden_to: Tensor | None = None  # with a sliding window: the last token that each row no longer reads
+
+    def beyond(self, tokens: Tensor, at: slice, mask: Tensor | None = None) -> Tensor | None:
+        """mask, and which of the tokens at positions [n] lie before the window of the rows `at` [rows, n]."""
+        if self.hidden_to is None:
+            return mask
+        gone = tokens <= self.hidden_to[at, None]
+        return gone if mask is None else gone | mask
 
     def block(
         self,

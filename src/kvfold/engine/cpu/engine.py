@@ -49,7 +49,7 @@ def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torc
 
 
 def _side(spec: SideSpec, dim: int) -> library.Side:
-    side = library.Side(scale_rule=library.SCALE_RULES.index(spec.scale))
+    side = library.Side(scale_rule=library.SCALE_RULES.index(spec.scale), searches=spec.search)
     if spec.codec == "trellis":
         side.trellis, side.search = (
             ctypes.pointer(trellis.reader(spec.bits)),
@@ -58,7 +58,7 @@ def _side(spec: SideSpec, dim: int) -> library.Side:
         side.step = code(spec.bits).step
         return side
     book = table(spec.codec, int(spec.bits), dim)
-    side.bits, side.searches, side.step = int(spec.bits), spec.search, float(book.step)
+    side.bits, side.step = int(spec.bits), float(book.step)
     side.levels[: len(book.levels)] = [int(v) for v in book.levels]
     side.thresholds[: len(book.thresholds)] = [float(v) for v in book.thresholds]
     return side

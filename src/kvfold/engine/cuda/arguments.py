@@ -40,10 +40,6 @@ class DecodeArgs(ctypes.Structure):
     )
 
 
-class Book(ctypes.Structure):
-    _fields_ = (("threshold", ctypes.c_float * 15), ("level", ctypes.c_float * 16), ("step", ctypes.c_float))
-
-
 class UnfoldArgs(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("page", "k", "v", "sign_k")),
@@ -63,17 +59,6 @@ class AppendArgs(ctypes.Structure):
     )
 
 
-class FoldArgs(ctypes.Structure):
-    _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("k", "v", "page", "sign_k", "sign_v", "nonfinite")),
-        *((f"{x}_{a}", ctypes.c_longlong) for x in "kv" for a in "pht"),
-        *((n, ctypes.c_int) for n in ("first_sinks", "rule_k", "rule_v", "search_k", "search_v")),
-        ("inv_sqrt_d", ctypes.c_float),
-        ("key", Book),
-        ("value", Book),
-    )
-
-
 def levels_of(spec: SideSpec, dim: int) -> Levels:
     """Level + ZERO of every code, repeated to 16 bytes; of a trellis code its start states."""
     if spec.codec == "trellis":
@@ -81,14 +66,6 @@ def levels_of(spec: SideSpec, dim: int) -> Levels:
     book = table(spec.codec, int(spec.bits), dim)
     byte = np.resize((book.levels + ZERO).astype(np.uint8), 16)
     return Levels((ctypes.c_uint8 * 16)(*byte.tolist()))
-
-
-def book_of(spec: SideSpec, dim: int) -> Book:
-    book, out = table(spec.codec, int(spec.bits), dim), Book()
-    out.threshold[: len(book.thresholds)] = book.thresholds.tolist()
-    out.level[: len(book.levels)] = [float(x) for x in book.levels]
-    out.step = float(book.step)
-    return out
 
 
 def shared_limit(capability: tuple[int, int]) -> int:

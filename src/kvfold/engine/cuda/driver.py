@@ -6,6 +6,7 @@ or ~/.cache/kvfold/cuda, named by a hash of source, variant, architecture and co
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import functools
 import glob
@@ -14,6 +15,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from importlib import resources
 from pathlib import Path
 
@@ -23,7 +25,11 @@ SOURCES = resources.files("kvfold.engine.cuda") / "kernels"
 INCLUDE = re.compile(r'^#include "([a-z_0-9]+\.cuh)"$', re.M)
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+COMPILER_STACK = 256 << 20  # bytes, of which what is used is touched
 PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+_STACK = threading.Lock()
 
 
 class CudaError(KvfoldError, RuntimeError):
@@ -113,6 +119,19 @@ def compile_cubin(name: str, variant: tuple[int, ...], arch: str) -> bytes:
 
 def compile_text(name: str, text: str, arch: str) -> tuple[bytes, str]:
     """Machine code of a source and the compiler's report on its resources."""
+    # Long unrolled loops overflow the compiler's recursion on a thread of the usual size.
+    with _STACK:
+        before = threading.stack_size(COMPILER_STACK)
+        try:
+            pool = concurrent.futures.ThreadPoolExecutor(1)
+            job = pool.submit(_compile, name, text, arch)
+        finally:
+            threading.stack_size(before)
+    with pool:
+        return job.result()
+
+
+def _compile(name: str, text: str, arch: str) -> tuple[bytes, str]:
     lib, program = nvrtc(), ctypes.c_void_p()
     _nvrtc(lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None), "create")
     options = [

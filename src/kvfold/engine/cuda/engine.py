@@ -6,21 +6,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.codec.canonical import inverse_sqrt
 from kvfold.codec.torch_trellis import Trellis
-from kvfold.config import PAGE_TOKENS, SCALES, CacheSpec
+from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.engine.cuda import driver
 from kvfold.engine.cuda.arguments import (
     AppendArgs,
     DecodeArgs,
-    FoldArgs,
     UnfoldArgs,
-    book_of,
     levels_of,
     plan_rings,
     sequence_words,
     shared_limit,
 )
+from kvfold.engine.cuda.folding import folder
 from kvfold.engine.cuda.fragments import Fragments, format_of
 from kvfold.engine.cuda.prefill import MIN_COLUMNS, TILE_TOKENS, Merge, attention_part
 from kvfold.engine.cuda.streams import Search, level_pairs
@@ -96,9 +94,6 @@ class CudaEngine:
         self._levels = [levels_of(s, dim) for s in (spec.key, spec.value)]
         sides = (spec.key, spec.value)
         self._pairs = [level_pairs(s.bits, device) if s.codec == "trellis" else None for s in sides]
-        self.has_fold = all(s.codec != "trellis" for s in sides)  # in one kernel; else the search alone has a kernel
-        if self.has_fold:
-            self._books = [book_of(s, dim) for s in sides]
         for codec in (self.reference.key, self.reference.value):
             if isinstance(codec, Trellis):
                 codec.search = Search(codec.book, dim, self.capability, device)
@@ -107,6 +102,7 @@ class CudaEngine:
         eye = torch.eye(dim, device=device).expand(shape.kv_heads, dim, dim)
         self._turns = (self.reference.key.project(eye, None), self.reference.value.lift(eye, None))
         self._nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
+        self._fold = folder(spec, self.formats, self.signs, self._nonfinite, self.capability)
 
     # ---- what the cache asks of every engine
     def running(self) -> dict[str, object]:
@@ -128,7 +124,7 @@ class CudaEngine:
 
         Raises NonFiniteInput if a vector holds NaN or infinity or its scale exceeds float16; `out` is then unspecified.
         """
-        if not self.has_fold:
+        if self._fold is None:
             rows = torch.zeros(len(out), self.reference.page_bytes, dtype=torch.uint8, device=self.device)
             self.reference.fold(keys, values, first, list(rows), state)
             for row, target in zip(self.fragments.from_canonical(rows), out, strict=True):
@@ -145,29 +141,10 @@ class CudaEngine:
 
     def fold_to(self, keys: Tensor, values: Tensor, first: bool, addresses: Tensor) -> None:
         """fold without looking at the result: addresses int64 [P] on the device. Safe in a CUDA graph."""
-        dim = self.shape.head_dim
+        if self._fold is None:
+            raise NoImplementation("no kernel folds these two codes together", "Use `fold`")
         k, v = (_aligned(x.to(self.dtype)) for x in (keys, values))
-        kernel = driver.kernel(
-            "fold.cu", (dim, *self.formats, int(self.spec.centre), DTYPES[self.dtype]), self.capability, 1
-        )
-        rules = [SCALES.index(s.scale) for s in (self.spec.key, self.spec.value)]
-        a = FoldArgs(
-            k.data_ptr(),
-            v.data_ptr(),
-            addresses.data_ptr(),
-            self.signs[0].data_ptr(),
-            self.signs[1].data_ptr(),
-            self._nonfinite.data_ptr(),
-            *k.stride()[:3],
-            *v.stride()[:3],
-            self.spec.sinks if first else 0,
-            *rules,
-            self.spec.key.search,
-            self.spec.value.search,
-            float(inverse_sqrt(dim)),
-            *self._books,
-        )
-        kernel.launch((len(k), self.shape.kv_heads, 2), 256, torch.cuda.current_stream(self.device).cuda_stream, a)
+        self._fold(k, v, first, addresses, DTYPES[self.dtype])
 
     def refill(self, row: Tensor, keys: Tensor, values: Tensor, state: tuple[Tensor | None, Tensor | None]) -> None:
         """Rare (a trim into pages, then an append): through the canonical order."""

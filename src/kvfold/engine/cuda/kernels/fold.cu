@@ -2,7 +2,7 @@
 //   y = H(s (x - mean)); r = |y| / sqrt(D); code_j = #{thresholds < y_j / r}; scale by rule. Canonical float32 order, no contraction: bytes equal
 //   the canonical encoder's. Grid (pages, heads, 2), 256 threads. Limits: D 64, 128, 256; 16-bit input.
 // Layout: formats.cuh. Bound: integer and FP32 pipes (about 40 instructions per value), then HBM.
-#include "formats.cuh"
+#include "fold.cuh"
 struct Book { float threshold[15], level[16], step; };               // level ascending; thresholds between them
 struct FoldArgs {
   const void *k, *v; const u64* page; const float *sign_k, *sign_v; int* nonfinite;
@@ -11,58 +11,17 @@ struct FoldArgs {
 #ifndef VARIANT    // D, key format, value format, mean, float16
 #define VARIANT 128, 4, 4, 1, 0
 #endif
-constexpr int THREADS = 256, TOKENS = 128;
+constexpr int THREADS = 256;
 template <int D_, int KF_, int VF_, int MEAN_, int H16_> struct FoldCfg : Region<D_, KF_, VF_, MEAN_> {
   static constexpr int H16 = H16_, ROW = D_ + 8, N = D_ / 8, CODE_ROW = D_ + 16, CODE_COL = TOKENS + 16;
   static constexpr int CODES = TOKENS * CODE_ROW > D_ * CODE_COL ? TOKENS * CODE_ROW : D_ * CODE_COL;
-  static constexpr int SMEM = TOKENS * ROW * 2 + CODES + 64 * 4 + 2 * D_ * 4 + TOKENS * 2 + THREADS * 4 + 16;
+  static constexpr int SMEM = TOKENS * ROW * 2 + CODES + 64 * 4 + 4 * D_ * 4 + TOKENS * 2 + 16;
 };
-DI float add(float a, float b) { return __fadd_rn(a, b); }
-DI float sub(float a, float b) { return __fsub_rn(a, b); }
-DI float mul(float a, float b) { return __fmul_rn(a, b); }
-// Sum of D products held 8 threads x N: dim 8 j + k. Halving tree: registers first, then lanes.
-template <int N> DI float tree(float (&v)[N]) {
-#pragma unroll
-  for (int s = 2; s <= N; s *= 2)
-#pragma unroll
-    for (int j = 0; j < N / s; j++) v[j] = add(v[j], v[j + N / s]);
-#pragma unroll
-  for (int d = 4; d > 0; d /= 2) v[0] = add(v[0], __shfl_xor_sync(~0u, v[0], d));
-  return v[0];
-}
 template <int B> DI int encode(float u, const float* t) {            // thresholds are odd-symmetric: count on |u|, ties to the lower code
   const int negative = !(u > 0), a = (__float_as_int(u) & 0x7fffffff) + negative, half = 1 << (B - 1); int n = 0;
 #pragma unroll
   for (int i = 0; i < (1 << (B - 1)) - 1; i++) n += a > __float_as_int(t[half + i]);
   return negative ? half - 1 - n : half + n;
-}
-// Mean of 64 tokens, exactly as stored, without the first `sinks`; leaves the dequantized mean in `mean` and the codes in the page. Returns its scale.
-template <class C> DI u32 half_mean(const u16* tile, float* mean, float* work, unsigned char* out, int sinks) {
-  constexpr int PARTS = THREADS / C::D, N = 32 / PARTS; const int d = threadIdx.x % C::D, p = threadIdx.x / C::D; float a[N];
-  auto at = [&](int t) { return t < sinks ? 0.f : low<C::H16>(tile[t * C::ROW + d]); };
-#pragma unroll
-  for (int i = 0; i < N; i++) a[i] = add(at(PARTS * i + p), at(PARTS * i + p + 32));
-#pragma unroll
-  for (int s = 2; s <= N; s *= 2)
-#pragma unroll
-    for (int i = 0; i < N / s; i++) a[i] = add(a[i], a[i + N / s]);
-  work[threadIdx.x] = a[0]; __syncthreads();
-#pragma unroll
-  for (int n = PARTS / 2; n > 0; n /= 2) { if (p < n) work[threadIdx.x] = add(work[threadIdx.x], work[threadIdx.x + n * C::D]); __syncthreads(); }
-  const float m = __fdiv_rn(work[d], (float)(sinks < 64 ? 64 - sinks : 1)); float top = 0;
-  for (int i = 0; i < C::D / 32; i++) top = fmaxf(top, fabsf(work[i * 32 + (threadIdx.x & 31)]));
-#pragma unroll
-  for (int s = 1; s < 32; s *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, s));
-  top = __fdiv_rn(top, (float)(sinks < 64 ? 64 - sinks : 1));        // division is monotonous: the largest sum gives the largest mean
-  const u32 h = float_half(__fdiv_rn(top, 127.f)); const float scale = half_float(h);
-  if (p == 0) {
-    float c = scale > 0 ? fminf(fmaxf(rintf(__fdiv_rn(m, scale)), -127.f), 127.f) : 0.f;
-    mean[d] = mul(scale, c);
-    out[(d >> 2 & 3) * (C::D / 4) + (d >> 4) * 4 + (d & 3)] = (unsigned char)(int)c;
-  }
-  if (threadIdx.x < C::MEAN_BYTES - C::D) out[C::D + threadIdx.x] = 0;
-  __syncthreads();
-  return h;
 }
 // Four codes in the bytes of x to four fields of a 16-bit half word.
 DI u32 nibbles(u32 x) { x = (x | x >> 4) & 0x00ff00ffu; return (x | x >> 8) & 0xffffu; }
@@ -101,8 +60,8 @@ template <class C, int F, int V> DI void pack(const unsigned char* codes, const 
   }
 }
 template <class C, int F, int V> DI void fold_side(const FoldArgs& P, unsigned char* sm) {
-  u16* tile = (u16*)sm; unsigned char* codes = sm + TOKENS * C::ROW * 2; float *table = (float*)(codes + C::CODES), *mean = table + 64; u16* scales = (u16*)(mean + 2 * C::D);
-  float* work = (float*)(scales + TOKENS); constexpr int B = bits_of(F), N = C::N;
+  u16* tile = (u16*)sm; unsigned char* codes = sm + TOKENS * C::ROW * 2; float *table = (float*)(codes + C::CODES), *mean = table + 64, *work = mean + 2 * C::D; u16* scales = (u16*)(work + 2 * C::D);
+  constexpr int B = bits_of(F), N = C::N;
   const Book& book = V ? P.value : P.key; const float* signs = (V ? P.sign_v : P.sign_k) + blockIdx.y * C::D; const int rule = V ? P.rule_v : P.rule_k, search = V ? P.search_v : P.search_k;
   unsigned char* out = (unsigned char*)P.page[blockIdx.x] + (u64)blockIdx.y * C::BYTES;
   const u16* in = V ? (const u16*)P.v + blockIdx.x * P.v_p + blockIdx.y * P.v_h : (const u16*)P.k + blockIdx.x * P.k_p + blockIdx.y * P.k_h;
@@ -112,11 +71,7 @@ template <class C, int F, int V> DI void fold_side(const FoldArgs& P, unsigned c
   __syncthreads();
   u32 hidden[2] = {0, 0};
   if constexpr (!V && C::MEAN)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int sinks = (blockIdx.x == 0 ? P.first_sinks : 0) - 64 * half;
-      hidden[half] = half_mean<C>(tile + half * 64 * C::ROW, mean + half * C::D, work, out + half * C::HALF, sinks > 0 ? sinks : 0);
-    }
+    page_means<C, THREADS>([&](int t, int d) { return low<C::H16>(tile[t * C::ROW + d]); }, mean, work, out, blockIdx.x == 0 ? P.first_sinks : 0, hidden);
   const int lane = threadIdx.x & 31, k = lane & 7; float sign[N]; bool bad = false;
 #pragma unroll
   for (int j = 0; j < N; j++) sign[j] = signs[8 * j + k];
@@ -125,14 +80,7 @@ template <class C, int F, int V> DI void fold_side(const FoldArgs& P, unsigned c
     float y[N], w[N];
 #pragma unroll
     for (int j = 0; j < N; j++) { float x = low<C::H16>(tile[token * C::ROW + 8 * j + k]); if (!V && C::MEAN) x = sub(x, mean[(token >> 6) * C::D + 8 * j + k]); y[j] = mul(sign[j], x); }
-#pragma unroll
-    for (int d = 1; d < 8; d *= 2)
-#pragma unroll
-      for (int j = 0; j < N; j++) { float o = __shfl_xor_sync(~0u, y[j], d); y[j] = k & d ? sub(o, y[j]) : add(y[j], o); }
-#pragma unroll
-    for (int h = 1; h < N; h *= 2)
-#pragma unroll
-      for (int j = 0; j < N; j++) if (!(j & h)) { float a = y[j], b = y[j + h]; y[j] = add(a, b); y[j + h] = sub(a, b); }
+    butterflies<N>(y, k);
 #pragma unroll
     for (int j = 0; j < N; j++) w[j] = mul(y[j], y[j]);
     const float d = (float)C::D, r = __fsqrt_rn(__fdiv_rn(tree<N>(w), d)), inv = r > 0 ? __fdiv_rn(1.f, r) : 0.f, rn = mul(r, P.inv_sqrt_d);
@@ -154,7 +102,7 @@ template <class C, int F, int V> DI void fold_side(const FoldArgs& P, unsigned c
         for (int j = 0; j < N / 8; j++) chosen[j] = tried[j];
       }
     }
-    float s = rule == 0 ? mul(rn, book.step) : rule == 1 ? __fdiv_rn(mul(rn, d), dot) : rule == 2 ? __fdiv_rn(mul(rn, dot), square) : mul(rn, __fsqrt_rn(__fdiv_rn(d, square)));
+    const float s = scale_of(rule, rn, d, book.step, dot, square);
 #pragma unroll
     for (int j = 0; j < N; j++) {
       const int code = chosen[j / 8] >> (j % 8 * 4) & 15, dim = 8 * j + k, rest = token & 7;

@@ -1,0 +1,1 @@
+"""The Triton engine: canonical pages on GPUs of any maker."""
