@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -34,17 +35,20 @@ def document() -> dict[str, Any]:
     return made
 
 
+sent = Counter[str]()  # by operation
 schema = schemathesis.openapi.from_dict(document())
 
 
 @pytest.fixture(scope="module")
-def url(loaded: Loaded) -> Iterator[str]:
+def url(loaded: Loaded, record_testsuite_property: Callable[[str, object], None]) -> Iterator[str]:
     with running(loaded, max_context=64) as r:
         yield r.url
+    record_testsuite_property("requests made up from the OpenAPI document", sent.total())
 
 
 def check(case: Any, url: str) -> None:
     """What a schema cannot say (an empty prompt, a context that is too short) is refused: that valid data can be."""
+    sent[case.operation.label] += 1
     case.call_and_validate(base_url=url, timeout=SECONDS, excluded_checks=[positive_data_acceptance])
 
 

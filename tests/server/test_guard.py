@@ -95,7 +95,32 @@ def test_odd_requests_are_errors_in_the_same_shape(served: Running) -> None:
     assert post(b'{"model": "' + DEMO.encode() + b'", "prompt": ""}') == (400, "invalid_prompt")
     assert post(b'{"model": "other", "prompt": "a"}') == (404, "model_not_found")
     assert refusal(httpx.get(served.url + "/nothing")) == (404, "not_found")
-    assert refusal(httpx.delete(served.url + "/v1/models")) == (405, "method_not_allowed")
+    wrong = httpx.delete(served.url + "/v1/models")
+    assert refusal(wrong) == (405, "method_not_allowed")
+    assert wrong.headers["allow"] == "GET, HEAD"
+    assert httpx.get(served.url + "/v1/completions").headers["allow"] == "POST"
+    for path in ("/", "/health", "/v1/models"):
+        head = httpx.head(served.url + path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert int(head.headers["content-length"]) > 0
+
+
+def test_what_has_several_shapes_is_told_by_its_own_name(served: Running) -> None:
+    def told(path: str, **asked: Any) -> tuple[str, str]:
+        response = httpx.post(served.url + path, json={"model": DEMO, **asked})
+        assert refusal(response) == (400, "invalid_value")
+        return response.json()["error"]["param"], response.json()["error"]["message"]
+
+    param, message = told("/v1/completions", prompt=["a", "b"])
+    assert (param, "several prompts in one request are not supported" in message) == ("prompt", True)
+    image = [{"type": "image_url", "image_url": {"url": "http://example.com"}}]
+    param, message = told("/v1/chat/completions", messages=[{"role": "user", "content": image}])
+    assert (param, "parts of type text" in message) == ("messages.0.content", True)
+    assert told("/v1/completions", prompt="a", stop=[1])[0] == "stop"
+    plain = httpx.post(
+        served.url + "/v1/completions", content=b'{"model": "x"}', headers={"Content-Type": "text/plain"}
+    )
+    assert "Content-Type: application/json" in plain.json()["error"]["message"]
 
 
 def test_a_client_that_leaves_ends_the_decoding(served: Running) -> None:

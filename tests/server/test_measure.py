@@ -15,6 +15,9 @@ def test_a_short_load_test() -> None:
     assert figures["requests"] >= 3
     assert figures["tokens_per_s"] > 0
     assert figures["fresh_over_reuse"] > 1
+    assert figures["equal_answers"] == 10
+    assert 0 < figures["most_cache_bytes"] <= figures["cache_limit_bytes"] == 256 << 20
+    assert figures["most_cache_bytes"] <= figures["most_promised_bytes"]
     assert 0 < figures["inter_token_p50_ms"] <= figures["inter_token_p99_ms"]
 
 

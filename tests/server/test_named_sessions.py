@@ -73,6 +73,14 @@ def _all(r: Running) -> list[str]:
     return [x["name"] for x in r.model.shelf.store.sessions()]
 
 
+def test_a_prompt_read_again_gives_the_same_bits(kept: Running) -> None:
+    answers = [
+        complete(kept, DOCUMENT, logprobs=2, **how) for how in ({}, {"cache_prompt": True}, {"cache_prompt": False})
+    ]
+    assert [cached(a) for a in answers] == [0, 896, 0]
+    assert answers[0]["choices"] == answers[1]["choices"] == answers[2]["choices"]
+
+
 def test_the_next_turn_of_a_conversation_reads_only_what_is_new(kept: Running) -> None:
     with OpenAI(base_url=kept.url + "/v1", api_key="none") as client:
         messages: list[Any] = list(BEFORE)
@@ -111,6 +119,21 @@ def test_named_sessions_list_save_restore_fork_delete(kept: Running, tmp_path: P
     assert [x["name"] for x in httpx.get(url).json()["data"]] == ["copy"]
 
 
+def test_a_damaged_file_does_not_cost_what_is_in_memory(kept: Running, tmp_path: Path) -> None:
+    url = kept.url + "/sessions/book"
+    complete(kept, DOCUMENT, session="book")
+    httpx.post(url + "/save")
+    complete(kept, DOCUMENT + DOCUMENT[:100], session="book")
+    page_file = next((tmp_path / "book").glob("pages-*"))
+    data = bytearray(page_file.read_bytes())
+    data[-1] ^= 1
+    page_file.write_bytes(data)
+    damaged = httpx.post(url + "/restore")
+    assert refusal(damaged) == (409, "damaged_session")
+    assert str(tmp_path) not in damaged.text
+    assert httpx.get(url).json()["tokens"] == 1007
+
+
 def test_messages_come_back_after_a_restart_and_so_do_pages(loaded: Loaded, tmp_path: Path) -> None:
     body = {"model": DEMO, "messages": BEFORE * 20, "max_tokens": 10, "temperature": 0, "session": "talk"}
     with running(loaded, keep=Keep("200MB", tmp_path)) as r:
@@ -118,6 +141,8 @@ def test_messages_come_back_after_a_restart_and_so_do_pages(loaded: Loaded, tmp_
     said = first["choices"][0]["message"]
     with running(loaded, keep=Keep("200MB", tmp_path)) as r:
         talk = httpx.get(r.url + "/sessions/talk").json()
+        assert httpx.post(r.url + "/sessions/talk/save").json()["tokens"] == talk["tokens"]
+        assert not talk["in_memory"]  # neither looking nor saving brings it back
         assert talk["messages"] == [*BEFORE * 20, {"role": "assistant", "content": said["content"]}]
         body["messages"] = [*talk["messages"], *BEFORE]
         second = httpx.post(r.url + "/v1/chat/completions", json=body, timeout=60).json()
@@ -138,7 +163,8 @@ def test_slots_as_llama_server_has_them(kept: Running) -> None:
     saved = act(1, "save", "slot.bin").json()
     assert (saved["id_slot"], saved["filename"], saved["n_saved"]) == (1, "slot.bin", 307)
     assert saved["n_written"] > 0
-    assert act(1, "erase").json() == {"id_slot": 1, "n_erased": 307}
+    erased = httpx.post(kept.url + "/slots/1?action=erase")  # clients send no body here
+    assert erased.json() == {"id_slot": 1, "n_erased": 307}
     assert act(2, "restore", "slot.bin").json()["n_restored"] == 307
     assert cached(complete(kept, DOCUMENT[:320], id_slot=2)) >= 256
     act(2, "save", "slot.bin")  # over what is there

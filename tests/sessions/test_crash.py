@@ -125,8 +125,9 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_200_moments(tmp_path: Path) -> None:
+def test_killed_at_200_moments(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     kill_often(tmp_path, 200)
+    record_property("processes killed, nothing committed lost, every store opened", 200)
 
 
 def test_what_a_killed_writer_leaves_is_cleared_away(tmp_path: Path) -> None:
@@ -272,6 +273,47 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(limit: int, tmp_path: Pa
     s.extend(words(900, 1))
     s.save(tmp_path / "a")
     assert same(Session.load(tmp_path / "a", s.runner.model), s)
+
+
+def test_a_store_whose_disk_is_full_forgets_only_what_nobody_named(tmp_path: Path) -> None:
+    def told(s: SessionStore, seed: int) -> None:
+        session = s.admit(words(300, seed), 320)
+        session.extend(words(300, seed)[len(session.tokens) :])
+        s.release(session)
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        s = store_at(tmp_path, 1 << 30)
+        for name in NAMES[:2]:
+            session = s.open(name)
+            session.extend(script(name)[: 3 * STEP])
+            s.release(session)
+        s.budget.limit = s.nbytes + int(1.5 * s.budget.need(320, 300))
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))
+        for seed in range(8):
+            told(s, seed)  # finds room although nothing can be written
+        report = s.report()
+        assert report["dropped"] > 2
+        assert report["memory_bytes"] <= report["memory_limit_bytes"]
+        assert all(x["in_memory"] for x in s.sessions() if x["name"] in NAMES)
+        held = s.open("c")
+        s.budget.limit = 1
+        with pytest.raises(StorageFailed, match="Free space"):
+            held.extend(words(300, 7))  # which forgets what can be and then has to write
+        s.release(held)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        s.close()
+
+    model_of("llama")
+    _, status = os.waitpid(in_child(work), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    with store_at(tmp_path) as s:
+        assert {*NAMES[:2]} <= {*s.names}
+        for name in NAMES[:2]:
+            session = s.open(name)
+            assert session.tokens == script(name)[: 3 * STEP]
+            s.release(session)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

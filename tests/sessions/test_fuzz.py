@@ -119,7 +119,8 @@ def write(folder: Path, content: Files, there: Files) -> None:
             (folder / name).write_bytes(data)
 
 
-def fuzz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, times: int) -> None:
+def fuzz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, times: int) -> tuple[int, int]:
+    """How many mutations were loaded, and how many refused."""
     r = runner(family)
     monkeypatch.setattr(saving, "SEGMENT_BYTES", 1 << 14)  # several page files
     s = filled(r, 400)
@@ -164,6 +165,7 @@ def fuzz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, times: in
     assert {p: x.folded.pool.pages_used for p, x in enumerate(s.cache.folded_layers)} == {
         p: len(x.folded.sequences[0].pages) for p, x in enumerate(s.cache.folded_layers)
     }  # no load, failed or not, kept a page
+    return loaded, refused
 
 
 @pytest.mark.parametrize("family", ["llama", "hybrid"])
@@ -173,8 +175,13 @@ def test_mutations(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "hybrid"])
-def test_ten_thousand_mutations(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fuzz(tmp_path, monkeypatch, family, 10_000)
+def test_ten_thousand_mutations(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
+    loaded, refused = fuzz(tmp_path, monkeypatch, family, 10_000)
+    record_property("mutations", 10_000)
+    record_property("mutations without effect on what is loaded", loaded)
+    record_property("mutations refused by name", refused)
 
 
 def test_archives_with_anything_done_to_them(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def load_test(
     minutes: Annotated[float, typer.Option(min=0.05, help="How long the clients go on.")] = 10.0,
     clients: Annotated[int, typer.Option(min=1)] = 16,
     document: Annotated[str, typer.Option(help="Tokens of the document that is asked about, such as 32k.")] = "32k",
+    fresh: Annotated[int, typer.Option(min=1, max=10, help="Questions asked again with all of it read anew.")] = 10,
     memory: Annotated[str, typer.Option(help="What the server's caches may take.")] = "256MiB",
     json: common.Json = False,
 ) -> None:
@@ -97,7 +98,7 @@ def load_test(
     from kvfold.server.measure import run
 
     tokens = common.numbers([document], "--document", whole=True)[0]
-    result = run(model, profile, minutes, clients, tokens, memory)
+    result = run(model, profile, minutes, clients, tokens, memory, fresh)
     if json:
         common.show_json(result)
     else:

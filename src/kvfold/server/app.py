@@ -13,7 +13,7 @@ from kvfold.server import completions, errors, health, page, sessions
 from kvfold.server.guard import Guard, Rules
 from kvfold.server.service import Service
 
-STATUSES = (400, 401, 403, 404, 405, 408, 409, 413, 429, 500, 503)
+STATUSES = (400, 401, 403, 404, 405, 408, 409, 413, 429, 500, 503, 507)
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -37,8 +37,10 @@ def create_app(service: Service, rules: Rules) -> FastAPI:
     app = FastAPI(title="kvfold", version=kvfold.__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     errors.install(app)
-    for module in (completions, sessions, health, page):
-        app.include_router(module.router)
+    routers = [module.router for module in (completions, sessions, health, page)]
+    app.state.routes = [route for router in routers for route in router.routes]
+    for router in routers:
+        app.include_router(router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     if rules.origins:
         app.add_middleware(CORSMiddleware, allow_origins=rules.origins, allow_methods=["*"], allow_headers=["*"])

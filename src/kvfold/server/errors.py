@@ -32,9 +32,16 @@ STATUS: dict[type[errors.KvfoldError], tuple[int, str]] = {
     errors.WrongModel: (409, "wrong_model"),
     errors.WrongVersion: (409, "wrong_version"),
     errors.DamagedSession: (409, "damaged_session"),
-    errors.StorageFailed: (500, "storage_failed"),
+    errors.StorageFailed: (507, "storage_failed"),
     errors.ModelFailure: (500, "internal_error"),
 }
+# Parameters of several shapes, and how pydantic calls the first of them.
+CHOICES = {
+    "prompt": "one text or one list of token ids; several prompts in one request are not supported",
+    "content": "a text, or a list of parts of type text",
+    "stop": "a text, or a list of texts",
+}
+BRANCHES = ("str", "constrained-str")
 MAX_NAME = 100  # characters of an unknown parameter that are sent back
 CODE_OF_STATUS = {401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
 # Parameters of OpenAI's API that are known and not implemented; anything else unknown is a typo.
@@ -93,7 +100,13 @@ def _invalid(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     # Without the marks of pydantic's unions.
     where = [str(x) for x in first["loc"][1:] if str(x).isidentifier() or str(x).isdigit()]
+    for at, field in enumerate(where[:-1]):
+        if where[at + 1] in BRANCHES and field in CHOICES:  # none of the shapes it can have
+            whole = ".".join(where[: at + 1])
+            return ApiError(400, "invalid_value", f"{whole}: use {CHOICES[field]}", whole)
     name = ".".join(where) or None
+    if first["type"] == "model_attributes_type" and name is None:
+        return ApiError(400, "invalid_value", "the body is not a JSON object sent with Content-Type: application/json")
     if first["type"] == "json_invalid":
         return ApiError(400, "invalid_json", f"the body is not JSON ({first['ctx']['error']})")
     if first["type"] == "extra_forbidden":
@@ -106,10 +119,11 @@ def _invalid(error: RequestValidationError) -> ApiError:
     return ApiError(400, "invalid_value", f"{name or 'body'}: {first['msg'].removeprefix('Value error, ')}", name)
 
 
-def _methods(app: FastAPI, request: Request) -> list[str]:
+def _methods(request: Request) -> list[str]:
     """Methods that some route has for this path; Starlette tells those of the first such route."""
-    routes = [r for r in app.routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE]
-    return sorted({m for r in routes for m in r.methods or ()})
+    routes: list[Route] = request.app.state.routes
+    found = {m for r in routes if r.matches(request.scope)[0] is not Match.NONE for m in r.methods or ()}
+    return sorted(found | ({"HEAD"} if "GET" in found else set()))
 
 
 def install(app: FastAPI) -> None:
@@ -121,8 +135,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(errors.KvfoldError)
     async def kvfold(request: Request, error: errors.KvfoldError) -> JSONResponse:
-        made = as_api_error(error)
-        if made.status == 500:
+        made: ApiError = request.app.state.service.as_api_error(error)
+        if made.status in (500, 507):
             log.error("%s %s: %s", request.method, request.url.path, error)
         return response(made)
 
@@ -136,7 +150,7 @@ def install(app: FastAPI) -> None:
         out = response(ApiError(error.status_code, code, str(error.detail)))
         out.headers.update(error.headers or {})
         if error.status_code == 405:
-            out.headers["Allow"] = ", ".join(_methods(app, request))
+            out.headers["Allow"] = ", ".join(_methods(request))
         return out
 
     @app.exception_handler(Exception)

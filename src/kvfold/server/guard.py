@@ -63,6 +63,8 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
+        if scope["method"] == "HEAD":  # as GET; the server leaves the body out
+            scope = {**scope, "method": "GET"}
         try:
             self._admit(scope["method"], scope["path"], Headers(scope=scope))
             body = await self._body(scope, receive)

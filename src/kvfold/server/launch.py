@@ -65,3 +65,4 @@ class Server(uvicorn.Server):
                 for job in self._service.model.scheduler.jobs:
                     self._service.model.scheduler.cancel(job)
         await super().shutdown(sockets)
+        closing.result()  # raises StorageFailed if the disk did not take every session

@@ -49,8 +49,9 @@ class Target:
     pid: int
     model: str
 
-    def ask(self, prompt: list[int], tokens: int, seen: Seen) -> None:
-        """One streamed completion. Raises OSError, HTTPException, EvaluationError."""
+    def ask(self, prompt: list[int], tokens: int, seen: Seen, **more: Any) -> list[Any]:
+        """One streamed completion; its tokens' log-probabilities, if `more` asks for them. more: other parameters. Raises
+        OSError, HTTPException, EvaluationError."""
         body = {
             "model": self.model,
             "prompt": prompt,
@@ -59,7 +60,9 @@ class Target:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **more,
         }
+        logprobs: list[Any] = []
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=CLIENT_SECONDS)
         latest = began = time.perf_counter()
         try:
@@ -69,11 +72,25 @@ class Target:
                 if data["choices"] and data["choices"][0].get("text"):
                     (seen.firsts if latest == began else seen.gaps).append(now - latest)
                     latest = now
+                if data["choices"] and data["choices"][0].get("logprobs"):
+                    told = data["choices"][0]["logprobs"]
+                    logprobs += zip(told["tokens"], told["token_logprobs"], strict=True)
                 if data.get("usage"):
                     seen.tokens += data["usage"]["completion_tokens"]
         finally:
             connection.close()
         seen.requests += 1
+        return logprobs
+
+    @property
+    def cache_bytes(self) -> dict[str, int]:
+        """What its caches take, what running requests were promised beyond that, and the limit, by /health."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=CLIENT_SECONDS)
+        try:
+            connection.request("GET", "/health")
+            return json.loads(connection.getresponse().read())["memory"]
+        finally:
+            connection.close()
 
     @property
     def resident_bytes(self) -> int:
@@ -117,7 +134,7 @@ def serving(source: str, profile: str, memory: str) -> Iterator[Target]:
         process.wait()
 
 
-def together(works: list[Callable[[], None]]) -> float:
+def together(works: list[Callable[[], object]]) -> float:
     """Seconds until all are done, each in a thread of its own."""
     threads = [threading.Thread(target=w) for w in works]
     began = time.perf_counter()
@@ -132,29 +149,39 @@ def speed(target: Target, clients: int, text: list[int]) -> float:
     """Tokens per second over all clients, short prompts included."""
     seen = [Seen() for _ in range(clients)]
 
-    def work(i: int) -> Callable[[], None]:
+    def work(i: int) -> Callable[[], object]:
         return lambda: target.ask(text[100 * i : 100 * i + 64], SPEED_TOKENS, seen[i])
 
     seconds = together([work(i) for i in range(clients)])
     return sum(s.tokens for s in seen) / seconds
 
 
-def reuse(target: Target, document: list[int], text: list[int]) -> dict[str, float]:
-    """Seconds for questions over one document, and for the same with documents that differ in their first token."""
-    seconds = []
-    for change in (0, 1):
+def reuse(target: Target, document: list[int], text: list[int], fresh: int) -> dict[str, float]:
+    """Seconds for questions over one document, and for the first `fresh` of them with all of it read again for each; as a ratio,
+    per question. equal_answers: how many of those have the same tokens and log-probabilities to the last digit."""
+    seconds, answers = [], []
+    for cached, questions in ((True, QUESTIONS), (False, fresh)):
         began = time.perf_counter()
-        for i in range(QUESTIONS):
-            question = text[50 * i : 50 * i + QUESTION_TOKENS]
-            target.ask([3 + change * (i + 1), *document[1:], *question], REPLY_TOKENS, Seen())
+        for i in range(questions):
+            # The first token sets it apart from texts that were read before.
+            prompt = [3, *document[1:], *text[50 * i : 50 * i + QUESTION_TOKENS]]
+            answers.append(target.ask(prompt, REPLY_TOKENS, Seen(), cache_prompt=cached, logprobs=1))
         seconds.append(time.perf_counter() - began)
-    return {"reuse_seconds": seconds[0], "fresh_seconds": seconds[1], "fresh_over_reuse": seconds[1] / seconds[0]}
+    equal = sum(len(a) == REPLY_TOKENS and a == b for a, b in zip(answers, answers[QUESTIONS:], strict=False))
+    return {
+        "reuse_seconds": seconds[0],
+        "fresh_questions": fresh,
+        "fresh_seconds": seconds[1],
+        "fresh_over_reuse": seconds[1] / fresh * QUESTIONS / seconds[0],
+        "equal_answers": equal,
+    }
 
 
 def crowd(target: Target, clients: int, seconds: float, text: list[int]) -> dict[str, Any]:
     """So many clients, each with one request after the other: new prompts and such that go on from an earlier one."""
     seen, end = [Seen() for _ in range(clients)], time.monotonic() + seconds
     memory: list[int] = []
+    caches: list[dict[str, int]] = []
 
     def client(i: int) -> Callable[[], None]:
         def work() -> None:
@@ -173,6 +200,7 @@ def crowd(target: Target, clients: int, seconds: float, text: list[int]) -> dict
     def watch() -> None:
         while time.monotonic() < end:
             memory.append(target.resident_bytes)
+            caches.append(target.cache_bytes)
             time.sleep(0.5)
 
     wall = together([watch, *map(client, range(clients))])
@@ -194,16 +222,21 @@ def crowd(target: Target, clients: int, seconds: float, text: list[int]) -> dict
         "resident_bytes_first_two_thirds": settled,
         "resident_bytes_last_third": late,
         "resident_growth": late / settled - 1,
+        "cache_limit_bytes": caches[0]["limit_bytes"],
+        "most_cache_bytes": max(x["used_bytes"] for x in caches),
+        "most_promised_bytes": max(x["used_bytes"] + x["promised_bytes"] for x in caches),
     }
 
 
-def run(source: str, profile: str, minutes: float, clients: int, document: int, memory: str) -> dict[str, Any]:
+def run(
+    source: str, profile: str, minutes: float, clients: int, document: int, memory: str, fresh: int = QUESTIONS
+) -> dict[str, Any]:
     """The `load-test` command's figures. memory: of the server's caches; flat memory needs one that fills early."""
     text = stream(haystack(), load(source).tokenizer)
     with serving(source, profile, memory) as target:
         target.ask(text[:300], 8, Seen())  # the first calls of a model are slow
         one, batched = speed(target, 1, text), speed(target, BATCH, text)
-        reused = reuse(target, text[:document], text[-2000:])
+        reused = reuse(target, text[:document], text[-2000:], fresh)
         seen = crowd(target, clients, 60 * minutes, text)
     return {
         "profile": profile,

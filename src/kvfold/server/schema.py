@@ -57,7 +57,7 @@ class SamplingBody(Body):
         None
     )
     id_slot: Annotated[int, Field(ge=-1, le=1 << 16, description="llama-server's: the session of a slot.")] = -1
-    cache_prompt: Only[Literal[True]] = None
+    cache_prompt: Annotated[bool | None, Field(description="False: read all of the prompt again.")] = None
 
     @model_validator(mode="after")
     def _usage_of_streams(self) -> SamplingBody:
@@ -85,6 +85,7 @@ class SamplingBody(Body):
             "logit_bias": {int(k): b for k, b in (self.logit_bias or {}).items()},
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "ignore_end": self.ignore_eos,
+            "reuse": self.cache_prompt,
         }
         return Generation(**{k: x for k, x in given.items() if x is not None})
 

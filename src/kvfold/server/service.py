@@ -58,8 +58,16 @@ class Service:
     def text_of(self, token: int) -> str:
         return self.model.tokenizer.decode([token])
 
+    def as_api_error(self, error: KvfoldError) -> ApiError:
+        """What it is over HTTP, without where the server keeps its files."""
+        made, disk = as_api_error(error), self.model.shelf.store.disk
+        if disk is not None:
+            made.message = made.message.replace(f"{disk.root}/", "")
+        return made
+
     async def tokens(self, history: History) -> list[int]:
-        """Token ids, made in a thread: a long text takes a while."""
+        """Token ids, made in a thread: a long text takes a while. Raises Overloaded and Draining before that."""
+        self.model.scheduler.check()
         return await asyncio.to_thread(self.model.tokens, history)
 
     def answer_tokens(self, prompt_tokens: int) -> int:
@@ -81,7 +89,8 @@ async def send(request: Request, stream: AsyncStream, reply: Reply, as_events: b
     """The answer as events, or whole. A client that leaves ends the decoding."""
     if as_events:
         headers = {"X-Accel-Buffering": "no"}
-        return StreamingResponse(_events(stream, reply), media_type="text/event-stream", headers=headers)
+        events = _events(service_of(request), stream, reply)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     reading = asyncio.ensure_future(stream.read())
     leaving = asyncio.ensure_future(_left(request))
     try:
@@ -99,7 +108,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _events(stream: AsyncStream, reply: Reply) -> AsyncIterator[bytes]:
+async def _events(service: Service, stream: AsyncStream, reply: Reply) -> AsyncIterator[bytes]:
     """Server-sent events; comments while the prompt is read. Starlette cancels it when the client leaves."""
     job = stream.job
     try:
@@ -114,7 +123,7 @@ async def _events(stream: AsyncStream, reply: Reply) -> AsyncIterator[bytes]:
                 yield f": read {read} of {len(job.prompt)}\n\n".encode()
         yield b"".join(reply.closing(job.usage))
     except KvfoldError as error:
-        made = as_api_error(error)
+        made = service.as_api_error(error)
         yield event(body(made.status, made.code, made.message)) + DONE
     finally:
         if not stream.complete:

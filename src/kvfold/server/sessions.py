@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Path, Query, Request
 
-from kvfold.errors import SessionError
-from kvfold.server.errors import ApiError, as_api_error
+from kvfold.server.errors import ApiError
 from kvfold.server.schema import Body, SessionName
 from kvfold.server.service import Service, service_of, slot_name
 from kvfold.serving.shelf import Shelf
@@ -37,15 +36,8 @@ class SlotBody(Body):
 
 
 async def _do(service: Service, work: Callable[[Shelf], T]) -> T:
-    """Work on sessions between two steps of the model. Errors do not say where the server keeps its files."""
-    shelf = service.model.shelf
-    try:
-        return await asyncio.wrap_future(service.model.scheduler.call(lambda: work(shelf)))
-    except SessionError as error:
-        made = as_api_error(error)
-        if shelf.store.disk is not None:
-            made.message = made.message.replace(f"{shelf.store.disk.root}/", "")
-        raise made from error
+    """Work on sessions between two steps of the model."""
+    return await asyncio.wrap_future(service.model.scheduler.call(lambda: work(service.model.shelf)))
 
 
 @router.get("/sessions")
@@ -119,7 +111,10 @@ async def slots(request: Request) -> list[dict[str, Any]]:
 
 @router.post("/slots/{slot}")
 async def slot(
-    request: Request, slot: Slot, action: Annotated[Literal["save", "restore", "erase"], Query()], body: SlotBody
+    request: Request,
+    slot: Slot,
+    action: Annotated[Literal["save", "restore", "erase"], Query()],
+    body: SlotBody | None = None,
 ) -> dict[str, Any]:
     """Copy a slot to a saved session, copy one back, or empty it."""
     service = service_of(request)
@@ -128,7 +123,7 @@ async def slot(
     own, began = slot_name(slot), time.monotonic()
     if action == "erase":
         return {"id_slot": slot, "n_erased": (await _do(service, lambda shelf: shelf.remove(own)))["tokens"]}
-    if body.filename is None:
+    if body is None or body.filename is None:
         raise ApiError(400, "missing_required_parameter", "filename is missing", "filename")
     name = body.filename
     if action == "save":

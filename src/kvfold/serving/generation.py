@@ -23,7 +23,8 @@ class Generation:
     min_p narrow the draw. Penalties: `repetition` over prompt and answer, `presence` and `frequency` over the answer
     alone, subtracted from logits. logit_bias: token id to what is added to its logit. stop: strings that end the answer and
     are not part of it. seed: of the draws; None draws one. logprobs: how many alternatives to report per token; None
-    reports nothing. ignore_end: go on after an end token, for measurements.
+    reports nothing. ignore_end: go on after an end token, for measurements. reuse: go on from what was read before of the
+    prompt; False reads all of it again.
     """
 
     max_tokens: int | None = None
@@ -39,6 +40,7 @@ class Generation:
     seed: int | None = None
     logprobs: int | None = None
     ignore_end: bool = False
+    reuse: bool = True
 
     def __post_init__(self) -> None:
         self.sampler()

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kvfold.errors import Draining, KvfoldError, ModelFailure, OutOfMemory, OverBudget, Overloaded
+from kvfold.errors import Draining, KvfoldError, ModelFailure, OutOfMemory, OverBudget, Overloaded, StorageFailed
 from kvfold.serving.job import Channel, Job, Piece
 from kvfold.serving.shelf import Shelf
 from kvfold.sessions.batch import SessionBatch
@@ -81,13 +81,17 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="kvfold-model", daemon=True)
         self._thread.start()
 
+    def check(self) -> None:
+        """Raise what `submit` would raise now."""
+        if self._draining:
+            raise Draining("the model is being shut down", "Try again when it is back")
+        if (n := len(self._waiting)) >= self.limits.max_waiting:
+            raise Overloaded(f"{n} requests are waiting already", "Try again later", self._retry_seconds())
+
     def submit(self, job: Job) -> None:
         """Queue a job. Raises Draining after `drain` and Overloaded when too many wait."""
         with self._changed:
-            if self._draining:
-                raise Draining("the model is being shut down", "Try again when it is back")
-            if (n := len(self._waiting)) >= self.limits.max_waiting:
-                raise Overloaded(f"{n} requests are waiting already", "Try again later", self._retry_seconds())
+            self.check()
             self._waiting.append(job)
             self._live[job] = None
             self._changed.notify()
@@ -215,8 +219,8 @@ class Scheduler:
 
     def _open(self, job: Job) -> None:
         try:
-            job.session = self.shelf.open(job.prompt, job.most)
-        except OverBudget:
+            job.session = self.shelf.open(job.prompt, job.most, job.generation.reuse)
+        except (OverBudget, StorageFailed):
             if not self._running:
                 raise  # nobody will make room
             return

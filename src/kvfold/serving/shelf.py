@@ -63,11 +63,12 @@ class Shelf:
 
     # For requests
 
-    def open(self, tokens: Sequence[int], most: int) -> Session:
+    def open(self, tokens: Sequence[int], most: int, reuse: bool = True) -> Session:
         """A session of the request's own that holds a beginning of `tokens`, all but one of them at most, with room to go on
-        to `most`. What it was forked from stays as it is, so that a request which comes to nothing costs nothing. Raises
-        OverBudget if there is no room while others have theirs."""
-        return self.store.admit(tokens, most)
+        to `most`; an empty one without `reuse`. What it was forked from stays as it is, so that a request which comes to nothing
+        costs nothing. Raises OverBudget if there is no room while others have theirs, StorageFailed if the disk refuses to
+        make some."""
+        return self.store.admit(tokens, most, reuse)
 
     def need(self, tokens: int, prompt: int) -> int:
         """Bytes that a request takes at most, alone: its prompt, and its answer up to `tokens` in all. From any thread."""
@@ -114,19 +115,22 @@ class Shelf:
 
     def messages(self, name: str) -> list[Message]:
         """Those its prompt was made of, and the answer; empty if it was made of plain text."""
-        with self._opened(name) as session:
-            return list(session.notes.get(MESSAGES, ()))
+        self.row(name)
+        return list(self.store.notes(name).get(MESSAGES, ()))
 
     def save(self, name: str) -> dict[str, Any]:
         """When this returns, the session is on the disk. Raises SessionNotFound, StorageFailed, InvalidConfig without disk."""
-        with self._opened(name) as session:
-            self.store.commit(session)
+        if self.row(name)["in_memory"] or self.store.disk is None:  # what was written out is there
+            with self._opened(name) as session:
+                self.store.commit(session)
         return self.row(name)
 
     def restore(self, name: str) -> dict[str, Any]:
-        """Go back to what was saved. Raises SessionNotFound if nothing was, DamagedSession, WrongModel."""
+        """Go back to what was saved. Raises SessionNotFound if nothing was, DamagedSession, which leaves what is in memory,
+        WrongModel."""
         if not self.row(name)["on_disk"]:
             raise SessionNotFound(f"session {name!r} was never saved", "Save it first")
+        self.store.verify(name)
         self.store.discard(self.store.open(name))
         with self._opened(name):
             return self.row(name)

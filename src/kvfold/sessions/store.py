@@ -12,12 +12,21 @@ from typing import Any
 import numpy as np
 
 from kvfold.config import PAGE_TOKENS
-from kvfold.errors import CacheMisuse, InvalidConfig, OverBudget, SessionError, SessionExists, SessionNotFound
-from kvfold.sessions import fingerprint
+from kvfold.errors import (
+    CacheMisuse,
+    InvalidConfig,
+    OverBudget,
+    SessionError,
+    SessionExists,
+    SessionNotFound,
+    StorageFailed,
+)
+from kvfold.sessions import archive, fingerprint
 from kvfold.sessions.budget import Budget, BudgetedRunner, parse_bytes
 from kvfold.sessions.content import Content
 from kvfold.sessions.disk import Disk, check_name
 from kvfold.sessions.entry import AUTOMATIC, Counts, Entry, Tokens, common_length
+from kvfold.sessions.eviction import Eviction, save
 from kvfold.sessions.manifest import Manifest
 from kvfold.sessions.session import Session
 
@@ -44,17 +53,18 @@ class SessionStore:
         ways_back: int = WAYS_BACK,
         **options: Any,
     ) -> None:
-        limit, self._spare_disk = parse_bytes(memory), parse_bytes(spare_disk)
+        limit, spare = parse_bytes(memory), parse_bytes(spare_disk)
         self.disk = Disk(Path(disk)) if disk is not None else None
         self.counts = Counts()
         self.runner = BudgetedRunner(model, tokenizer, profile, ways_back=ways_back, **options)
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._clock = 0
-        self.runner.budget = self.budget = Budget(limit, self.runner, self._lock, self._in_memory, self._free_one)
+        self._eviction = eviction = Eviction(self._entries, self._lock, self.disk, self.counts, spare)
+        self.runner.budget = self.budget = Budget(limit, self.runner, self._lock, self._in_memory, eviction.free_one)
         if self.disk is not None:
             self.disk.claim()
-            self._entries = {name: self._found(self.disk, name) for name in self.disk.names()}
+            self._entries.update({name: self._found(self.disk, name) for name in self.disk.names()})
 
     # Looking
 
@@ -81,19 +91,30 @@ class SessionStore:
         """Sessions and bytes, and counts of what was looked up, found, written out and brought back."""
         with self._lock:
             entries = list(self._entries.values())
-            kinds = self.budget.kinds()
+            kinds, promised = self.budget.kinds(), self.budget.promised_bytes
         return {
             "memory_bytes": sum(kinds.values()),
             "memory_bytes_by_kind": kinds,
             "memory_reference_bytes": self.budget.reference_bytes,
             "memory_limit_bytes": self.budget.limit,
-            "promised_bytes": self.budget.promised_bytes,
+            "promised_bytes": promised,
             "page_bytes": kinds["pages"],
             "sessions": len(entries),
             "sessions_in_memory": sum(e.session is not None for e in entries),
             "sessions_in_use": sum(e.in_use for e in entries),
             **vars(self.counts),
         }
+
+    def notes(self, name: str) -> dict[str, Any]:
+        """What its owner keeps with a session; of one on the disk, without bringing it back. Raises SessionNotFound,
+        DamagedSession."""
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                raise SessionNotFound(f"no session {name!r}", "See the names there are")
+            if entry.session is not None:
+                return entry.session.notes
+        return Manifest.read(self.disk.folder(name)).notes if self.disk is not None else {}
 
     # Using
 
@@ -113,16 +134,16 @@ class SessionStore:
         self.counts.look_up(len(session.tokens))
         return session
 
-    def admit(self, tokens: Sequence[int], most: int) -> Session:
-        """`longest_prefix` with room promised to go on to `most` tokens: until it is released, its calls are not refused.
-        Raises OverBudget if that is more than what other sessions were promised leaves."""
+    def admit(self, tokens: Sequence[int], most: int, reuse: bool = True) -> Session:
+        """`longest_prefix`, or without `reuse` an empty session, with room promised to go on to `most` tokens: until it is
+        released, its calls are not refused. Raises OverBudget if that is more than what other sessions were promised leaves."""
         wanted = np.asarray(tokens, np.int32)
-        way = max((e.way(wanted) for e in list(self._entries.values())), default=0)
+        way = max((e.way(wanted) for e in list(self._entries.values())), default=0) if reuse else 0
         self.budget.check(most, len(wanted), way)
         try:
-            return self._promised(self._begun(wanted, longest=True), most, len(wanted))
-        except OverBudget:
-            if self.budget.promises:
+            return self._promised(self._begun(wanted, longest=reuse), most, len(wanted))
+        except (OverBudget, StorageFailed):
+            if self.budget.promises or not reuse:
                 raise
         # What is shared may lie scattered over slabs that hold little else.
         return self._promised(self._begun(wanted, longest=False), most, len(wanted))
@@ -185,7 +206,7 @@ class SessionStore:
         """When this returns, the session as it is now is on the disk. Raises StorageFailed."""
         if self.disk is None:
             raise InvalidConfig("this store has no disk folder", "Give it one: SessionStore(..., disk=folder)")
-        self._save(self.disk, self._mine(session))
+        save(self.disk, self._mine(session))
 
     def release(self, session: Session) -> None:
         """Give a session back to the store, which may write it out from now on. Sessions without a name of their own that
@@ -212,6 +233,12 @@ class SessionStore:
                 del self._entries[entry.name]
         session.close()
 
+    def verify(self, name: str) -> None:
+        """Read every byte that the disk has of a session. Raises SessionNotFound, DamagedSession, WrongVersion."""
+        if self.disk is None:
+            raise SessionNotFound(f"session {name!r} is not on a disk", "Give the store a folder")
+        archive.verify(self.disk.folder(name))
+
     def remove(self, name: str) -> None:
         """Forget a session, in memory and on the disk. Raises SessionNotFound, and CacheMisuse if it is in use."""
         self._erase(self._pop(name))
@@ -230,10 +257,14 @@ class SessionStore:
             self.disk.remove(entry.name)
 
     def close(self) -> None:
-        """Write everything out and let other stores use the folder. Sessions in use are not written: release them before."""
-        while self.disk is not None and self._free_one():
-            pass
-        if self.disk is not None:
+        """Write everything out and let other stores use the folder. Sessions in use are not written: release them before.
+        Raises StorageFailed if the disk does not take a session with a name; the others are written all the same."""
+        if self.disk is None:
+            return
+        try:
+            while self._eviction.free_one():
+                pass
+        finally:
             self.disk.give_up()
 
     def __enter__(self) -> SessionStore:
@@ -322,33 +353,6 @@ class SessionStore:
     def _in_memory(self) -> list[Session]:
         return [e.session for e in self._entries.values() if e.session is not None]
 
-    def _free_one(self) -> bool:
-        """Write out, or without a disk forget, the session that was not used for longest. False if none can go."""
-        with self._lock:
-            idle = [e for e in self._entries.values() if e.session is not None and not e.in_use]
-            can_go = [e for e in idle if self.disk is not None or e.automatic]
-            if not can_go:
-                return False
-            entry = min(can_go, key=lambda e: e.used)
-            entry.in_use = True
-        try:
-            if self.disk is not None:
-                self._save(self.disk, entry)
-                self.counts.written_out += 1
-        except BaseException:
-            entry.in_use = False
-            raise
-        with self._lock:
-            session, entry.session, entry.in_use = entry.session, None, False
-            if self.disk is None:
-                del self._entries[entry.name]
-                self.counts.dropped += 1
-        if session is not None:
-            session.close()
-        if self.disk is not None:
-            self._spare(self.disk)
-        return True
-
     # The disk
 
     def _saved(self, name: str) -> bool:
@@ -367,12 +371,6 @@ class SessionStore:
             return entry
         return entry
 
-    def _save(self, disk: Disk, entry: Entry) -> None:
-        """Write what the disk does not have yet of a session that is taken."""
-        if entry.session is not None and (state := entry.unsaved()) is not None:
-            entry.session.save(disk.folder(entry.name))
-            entry.saved = state
-
     def _bring_back(self, name: str) -> Session:
         if self.disk is not None and self.disk.has(name):
             return self._read(self.disk.folder(name))
@@ -387,14 +385,3 @@ class SessionStore:
             session = Session.restored(self.runner, folder, upto=upto)
         self.counts.brought_back += 1
         return session
-
-    def _spare(self, disk: Disk) -> None:
-        """Remove the oldest sessions without a name of their own from a disk that has too much of them."""
-        with self._lock:
-            idle = [e for e in self._entries.values() if e.automatic and not e.in_use and e.session is None]
-        taken = 0
-        for e in sorted(idle, key=lambda e: -e.used):
-            taken += disk.bytes(e.name)
-            if taken > self._spare_disk:
-                self.remove(e.name)
-                self.counts.dropped += 1
