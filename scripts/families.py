@@ -49,8 +49,9 @@ Softcapped models: load them with `attn_implementation="eager"` where transforme
 softcap out in layers that stay exact. Folded layers apply it always.
 
 Beside these, `tests/adapters/test_composite.py` holds: encoder-decoders (Bart) fold the decoder's own attention in
-`EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact; positions in three axes (Qwen2-VL) are
-equal; images that attend to themselves in both directions (Gemma 3 with images) are refused.
+`EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact; positions in three axes (Qwen2-VL with an
+image) are equal, ten families that see are equal on text (Gemma 3, Qwen3-VL, Qwen3.5, Kimi-K2.5, InternVL, Llava and others); images that
+attend to themselves in both directions (Gemma 3 with images, PaliGemma) and caches that hold cross-attention (Mllama) are refused.
 """
 TAIL = """
 ## Quantized weights

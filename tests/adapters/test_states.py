@@ -1,4 +1,4 @@
-"""transformers: recurrent states of hybrids in 8-bit codes: close to exact ones, planned to the byte, kept through forks and files."""
+"""transformers: recurrent states of hybrids in 8-bit codes: close to exact ones, planned to the byte, through forks and files."""
 
 from __future__ import annotations
 

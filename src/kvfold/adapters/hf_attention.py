@@ -84,6 +84,8 @@ class LazyMask:
         self._make, self.arguments = make, arguments
         self._known: tuple[int, int, Sequence[Runs], Reach | None, list[int]] | None = None
 
+    ndim = 4  # of the mask itself: models within models are handed the outer one's, and look
+
     @functools.cached_property
     def dense(self) -> Any:
         """What the model's own implementation would have been given."""
@@ -253,6 +255,8 @@ def _keep_latents(model: torch.nn.Module) -> None:
 def _mask(fallback: str, **arguments: Any) -> Any:
     """The registered mask function. A mask over all tokens so far is made when it is wanted, any other at once: caches
     with windows or of static size may count in tensors, in place, and hand masks through code that expects tensors."""
+    if isinstance(outer := arguments.get("attention_mask"), LazyMask):
+        return outer
     make = ALL_MASK_ATTENTION_FUNCTIONS.get(fallback, _no_mask)
     past, new, length = (arguments.get(name) for name in ("q_offset", "q_length", "kv_length"))
     if isinstance(past, int) and isinstance(new, int) and length == past + new and not arguments.get("kv_offset"):

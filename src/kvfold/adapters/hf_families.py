@@ -12,6 +12,7 @@ NOT_FOLDED = {
     **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
     **dict.fromkeys(("inkling_text", "inkling2_text"), "adds a bias by position to its scores (position_bias)"),
     "minimax": "makes a cache of its own kind",
+    "mllama_text_model": "keeps what its cross-attention reads in the same cache",
     "recurrent_gemma": "keeps running states in its modules, outside of caches",
     **dict.fromkeys(("rwkv", "xlstm"), "keeps running states outside of caches of this kind"),
 }

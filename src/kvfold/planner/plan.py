@@ -94,6 +94,8 @@ def plan(model: Model, setting: Setting) -> dict[str, Any]:
     rows = [_row(model, setting, i, layer) for i, layer in enumerate(model.layers)]
     total = {k: sum(r[k] for r in rows) for k in ("bytes", "reference_bytes", "state_bytes")}
     engines = {r["backend"] for r in rows}
+    if any(r["folds"] and r["kind"] in SLIDING for r in rows):
+        engines.add("torch")  # by way of which prefill reads windows
     workspace = workspace_bytes(model, setting.prefill_tokens, setting.dtype_bytes or model.dtype_bytes, engines)
     common = total["state_bytes"] + setting.weights_bytes + workspace
     return {
