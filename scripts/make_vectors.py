@@ -78,6 +78,14 @@ CASES: dict[str, tuple[CacheSpec, int, int, str]] = {
         "float32",
     ),
     "trellis-3.5-4": (CacheSpec(SideSpec("trellis", 3.5), SideSpec("trellis", 4), sinks=0, seed=14), 1, 32, "float32"),
+    "trellis-2-search-3": (
+        CacheSpec(
+            SideSpec("trellis", 2, "unbiased", search=3), SideSpec("trellis", 3.5, "least-squares", search=3), seed=16
+        ),
+        1,
+        64,
+        "float32",
+    ),
     "trellis-1-96": (
         CacheSpec(SideSpec("trellis", 1, "match"), SideSpec("raw", 16), centre=False, seed=15),
         1,
@@ -114,6 +122,13 @@ def levels(side: SideSpec, dim: int) -> list[list[int]]:
     return [table(*book).levels.tolist() for book in books]
 
 
+def named(spec: CacheSpec) -> dict[str, Any]:
+    """The spec's fields; of sides without `basis`, which codec `tuned` alone has."""
+    sides = ("key", "value")
+    fields = asdict(spec)
+    return fields | {s: {k: v for k, v in fields[s].items() if k != "basis"} for s in sides}
+
+
 def text(x: NDArray[Any]) -> str:
     return base64.b64encode(np.ascontiguousarray(x).tobytes()).decode()
 
@@ -127,7 +142,7 @@ def vector(name: str) -> dict[str, Any]:
     k_hat, v_hat = reference.unfold(spec, LAYER, row, k, states)
     return {
         "format": FORMAT_VERSION,
-        "spec": asdict(spec),
+        "spec": named(spec),
         "layer": LAYER,
         "kv_heads": heads,
         "head_dim": dim,

@@ -3,6 +3,10 @@
 
 python scripts/record.py eval demo --profile balanced
 python scripts/record.py needle demo --contexts 2k,8k --trials 5
+python scripts/record.py --from figures.json needle demo --contexts 2k,8k --trials 5 --device cuda
+
+The last one runs nothing: the file is what the command printed on another machine, with `machine`, `torch` and others of the
+first columns beside the figures where they differ from those here.
 """
 
 from __future__ import annotations
@@ -65,14 +69,25 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(old + rows)
 
 
-def main(arguments: list[str]) -> None:
+def measured(arguments: list[str]) -> dict[str, Any]:
+    """What the command prints here."""
     done = subprocess.run(
         [sys.executable, "-m", "kvfold", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         sys.exit(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    elsewhere = None
+    if arguments[0] == "--from":
+        elsewhere, arguments = Path(arguments[1]), arguments[2:]
+    result = measured(arguments) if elsewhere is None else json.loads(elsewhere.read_text(encoding="utf-8"))
     where = provenance(arguments)
-    rows = [{**where, **row} for row in flat(json.loads(done.stdout))]
+    where |= {k: str(result.pop(k)) for k in where if elsewhere is not None and k in result}
+    rows = [{**where, **row} for row in flat(result)]
     beside = [n for option, n in (("--legs", "legs"), ("--baseline", "baselines")) if option in arguments]
     name = (beside or arguments)[0]
     append(ROOT / "bench" / "results" / f"{name}.csv", rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-BEST_LEVELS = ("amx", "avx2")  # of the machines in cpu.csv, one table each
+BEST_LEVELS = ("amx", "avx512-vnni", "avx2")  # of the machines in cpu.csv
 Row = dict[str, str]
 
 
@@ -82,6 +82,22 @@ def eval_table() -> str:
             + [f"{100 * float(r['top1_agreement']):.1f} %", f"{change:+.2f} %"]
         )
     return markdown(["model", "profile", "bits", "KLD", "same top token", "perplexity"], body)
+
+
+def tune_table() -> str:
+    """A row per model and level, a column per form; the last run of each."""
+    runs: dict[tuple[str, str], dict[str, Row]] = {}
+    for r in read("tune"):
+        runs.setdefault((model_name(r), option(r, "tuned", "")), {})[r["form"]] = r
+    body = []
+    for (model, level), forms in runs.items():
+        plain, both, values = (forms[f] for f in ("plain", "tuned", "tuned values"))
+        bits = " / ".join(f"{float(r['bits_per_value']):.3f}" for r in (plain, both))
+        kld = [f"{float(r['kld_mean']):.5f} ± {float(r['kld_se']):.5f}" for r in (plain, both, values)]
+        top = " / ".join(f"{100 * float(r['top1_agreement']):.1f}" for r in (plain, both))
+        body.append([model, level, bits, *kld, top])
+    head = ["model", "level", "bits plain / tuned", "KLD plain", "tuned", "values alone"]
+    return markdown([*head, "same top token, %, plain / tuned"], body)
 
 
 def needle_table() -> str:
@@ -179,14 +195,31 @@ def cpu_table(best: str) -> str:
     return markdown([*head, "x torch, group as queries"], body)
 
 
+def fold_table() -> str:
+    """Folds of the newest commit that ran beside the scalar encoder, on machines whose best level is avx512-vnni."""
+    body = []
+    for run in cpu_runs("avx512-vnni"):
+        r, scalar = run["kvfold"], run.get("scalar")
+        if scalar is None:
+            continue
+        values = 2 * int(r["context"]) * int(r["kv_heads"]) * int(r["head_dim"])
+        bits = ", ".join(dict.fromkeys(f"{float(r[side]):g}" for side in ("key_bits", "value_bits")))
+        ms = "{:.1f} ({:.1f}-{:.1f})".format(*(float(r[q]) for q in ("median_ms", "p10_ms", "p90_ms")))
+        ns = f"{1e6 * float(r['median_ms']) / values:.1f}"
+        tokens = f"{int(r['context']):,} tokens, {r['kv_heads']} heads"
+        body.append([tokens, r["level"], bits, ms, ns, f"{1 / float(scalar['ratio']):.1f}"])
+    return markdown(["keys and values of", "level", "bits", "ms (10-90 %)", "ns per number", "x scalar"], body)
+
+
 def distortion_table() -> str:
     body = []
     for r in read("distortion"):
         if option(r, "dim", "128") != "128":
             continue
+        how = f", {option(r, 'scale', '')}, search {option(r, 'search', '1')}" if "--scale" in r["command"] else ""
         upper = f"{float(r['upper_bound']):.4f}" if r["upper_bound"] else "-"
         body.append(
-            [r["codec"], f"{float(r['bits']):g}", f"{float(r['bits_per_value']):.3f}", f"{float(r['mse']):.5f}"]
+            [r["codec"] + how, f"{float(r['bits']):g}", f"{float(r['bits_per_value']):.3f}", f"{float(r['mse']):.5f}"]
             + [f"{float(r['lower_bound']):.5f}", upper, f"{float(r['ip_slope']):.4f}"]
             + [f"{float(r['ip_variance_times_dim']):.4f}"]
         )
@@ -216,12 +249,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "eval": eval_table,
     "baselines": baselines_table,
     "legs": legs_table,
+    "tune": tune_table,
     "needle": needle_table,
     "demo": demo_table,
     "memory": memory_table,
     "bench": bench_table,
     "cpu": partial(cpu_table, "amx"),
     "cpu_avx2": partial(cpu_table, "avx2"),
+    "cpu_fold": fold_table,
     "distortion": distortion_table,
     "plan": plan_table,
 }

@@ -9,6 +9,7 @@ namespace {
 
 struct Avx2Lanes {
   static constexpr int kLanes = 16;
+  static constexpr bool kScarceLoads = false;
   using Reg = __m256i;
   static Reg load(const std::uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(std::uint16_t* p, Reg a) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), a); }

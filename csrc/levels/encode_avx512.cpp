@@ -9,6 +9,7 @@ namespace {
 
 struct Avx512Lanes {
   static constexpr int kLanes = 32;
+  static constexpr bool kScarceLoads = true;
   using Reg = __m512i;
   static Reg load(const std::uint16_t* p) { return _mm512_loadu_si512(p); }
   static void store(std::uint16_t* p, Reg a) { _mm512_store_si512(p, a); }

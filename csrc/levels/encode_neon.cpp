@@ -7,6 +7,7 @@ namespace {
 
 struct NeonLanes {
   static constexpr int kLanes = 8;
+  static constexpr bool kScarceLoads = false;
   using Reg = uint16x8_t;
   static Reg load(const std::uint16_t* p) { return vld1q_u16(p); }
   static void store(std::uint16_t* p, Reg a) { vst1q_u16(p, a); }

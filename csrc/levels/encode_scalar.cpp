@@ -8,6 +8,7 @@ namespace {
 // Compilers put neither a saturating sum nor a choice into vectors unasked, even where every processor of the kind has them: 20 times slower.
 struct Lanes {
   static constexpr int kLanes = 8;
+  static constexpr bool kScarceLoads = false;
 #if defined(__GNUC__)
   typedef std::uint16_t Reg __attribute__((vector_size(16)));
   typedef std::int16_t Signed __attribute__((vector_size(16)));

@@ -1,5 +1,6 @@
 // Viterbi search over 64 states for many vectors at once: one vector per 16-bit lane, so that states, predecessors and level indices
-// are the same for all lanes and nothing is shuffled. `Lanes` supplies kLanes, Reg and the operations used below.
+// are the same for all lanes and nothing is shuffled. `Lanes` supplies kLanes, Reg, the operations used below, and kScarceLoads: whether
+// the search is bound by loads, as with registers so wide that one of them is a cycle's.
 //
 // A branch is an addition and a minimum. To know afterwards which predecessor it came from, a cost carries bits of its own state's number
 // below it: kPacked of them, the highest, which are also the highest of what the next step calls the predecessor. The minimum then takes
@@ -77,7 +78,7 @@ constexpr std::uint16_t tag(int state) {
   return static_cast<std::uint16_t>(state >> (kStateBits - kPacked));
 }
 
-// Four at a time: the search is bound by loads, and taking a register apart is none.
+// Four at a time: taking a register apart is no load.
 template <int kCount>
 void offsets(const std::uint16_t* from, std::uint16_t* to) {
   constexpr int kOnce = kCount < 4 ? kCount : 4;
@@ -104,8 +105,12 @@ void viterbi_step(const std::uint16_t* where, const std::uint16_t* metric, const
       Reg from[2];
       for (int i = 0; i < 2; ++i) {
         const int s = g << kWidth | (j + i);
-        std::uint16_t at[kPredecessors];
-        offsets<kPredecessors>(where + (s << kWidth), at);
+        std::uint16_t several[kPredecessors];
+        const std::uint16_t* at = where + (s << kWidth);
+        if constexpr (Lanes::kScarceLoads) {
+          offsets<kPredecessors>(at, several);
+          at = several;
+        }
         Reg best = tags, low = tags;
         for (int untagged = 0; untagged < 1 << kUntagged; ++untagged) {
           Reg least = Lanes::add(old[untagged], Lanes::load(metric + at[untagged]));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,17 @@ def test_evidence_is_what_was_recorded(capsys: pytest.CaptureFixture[str]) -> No
             assert row[field] == pytest.approx(
                 float(source[field]), abs=5.1e-4 if field == "bits_per_value" else 5.1e-5
             )
+
+
+def test_files_have_what_was_recorded_of_needles_sizes_and_speeds() -> None:
+    root = Path(__file__).parents[2]
+    blocks = runpy.run_path(str(root / "scripts" / "evidence.py"))["blocks"]
+    for name in names():
+        text = (root / "src" / "kvfold" / "profiles" / f"{name}.toml").read_text(encoding="utf-8")
+        assert text.partition("\n[[")[2] == blocks(name, name in levels()).partition("\n[[")[2]
+    level = load("compact")
+    assert all(rows for rows in (level.evidence, level.needles, level.sizes, level.speeds))
+    assert all({"model", "recall", "answer_nll", "command"} <= set(r) for r in level.needles)
 
 
 @pytest.mark.slow

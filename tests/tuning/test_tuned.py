@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +263,39 @@ def test_a_tuned_spec_names_its_bases() -> None:
     assert content(made) == data
     state: Any = Tuned(spec.value, DIM, [1, 2], made[0, "value"], False, CPU).fields
     assert 8 * state[0].count == 2 * DIM
+
+
+PAGE = Path(__file__).parent / "page.json"
+
+
+def committed() -> dict[str, str]:
+    """A page of two heads of 16 numbers, the second in the plain basis, its bases and what they decode to, in base64."""
+    random = torch.Generator().manual_seed(2)
+    made: dict[tuple[int, str], Moments] = {}
+    for side in ("key", "value"):
+        a, b = (torch.randn(2, 16, 16, dtype=torch.float64, generator=random) for _ in range(2))
+        made[0, side] = Moments(a @ a.mT, b @ b.mT, 1, 1)
+    spec, data = tuned(CacheSpec(seed=3), bases(made, 2.25, ("key", "value")))
+    engine = TorchEngine(spec, LayerShape(0, 2, 16, 4), torch.float32, CPU)
+    state = torch.tensor([[0], [1]], dtype=torch.uint8)
+    row = torch.zeros(engine.page_bytes, dtype=torch.uint8)
+    k, v = torch.randn(2, 1, 2, PAGE_TOKENS, 16, generator=random)
+    engine.fold(k, v, True, [row], (state, state))
+    hats = torch.cat(engine.unfold(row[None], (state, state)))
+    parts = {"bases": data, "page": row.numpy().tobytes(), "decoded": hats.numpy().tobytes()}
+    return {
+        "bits": repr((spec.key.bits, spec.value.bits)),
+        **{n: base64.b64encode(x).decode() for n, x in parts.items()},
+    }
+
+
+def test_committed_pages_load_for_ever() -> None:
+    held = json.loads(PAGE.read_text())
+    digest = remember(base64.b64decode(held["bases"]))
+    key, value = (SideSpec(TUNED, bits, "unbiased", basis=digest) for bits in literal_eval(held["bits"]))
+    engine = TorchEngine(CacheSpec(key, value, seed=3), LayerShape(0, 2, 16, 4), torch.float32, CPU)
+    state = torch.tensor([[0], [1]], dtype=torch.uint8)
+    row = torch.frombuffer(bytearray(base64.b64decode(held["page"])), dtype=torch.uint8)
+    expected = torch.frombuffer(bytearray(base64.b64decode(held["decoded"])), dtype=torch.float32)
+    hats = torch.cat(engine.unfold(row[None], (state, state)))
+    torch.testing.assert_close(hats.flatten(), expected, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvfold.cli import common
-from kvfold.profiles import load, names
+from kvfold.profiles import MEASURED, load, names
 
 
 def profiles(
@@ -43,11 +43,15 @@ def profiles(
 
 
 def _show_evidence(json: bool) -> None:
-    rows = [{"profile": name, **row} for name in names() for row in load(name).evidence]
+    rows = {
+        kind: [{"profile": name, **row} for name in names() for row in getattr(load(name), kind)] for kind in MEASURED
+    }
     if json:
-        common.show_json({"rows": rows})
+        common.show_json({"rows": rows.pop("evidence"), **rows})
         return
-    common.show_table(rows, "what was measured of the profiles")
+    common.show_table(rows.pop("evidence"), "divergence from the 16-bit cache")
+    for kind, found in rows.items():
+        common.show_table(found, kind)
 
 
 def doctor(

@@ -12,6 +12,9 @@ from typing import Any
 from kvfold.config import TUNED, CacheSpec, SideSpec
 from kvfold.errors import InvalidConfig, UnknownProfile
 
+Rows = tuple[dict[str, Any], ...]
+MEASURED = ("evidence", "needles", "sizes", "speeds")
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -29,8 +32,10 @@ class Tolerance:
 class Profile:
     """A CacheSpec with a name, the reason for it and what it may lose.
 
-    base: the profile it differs from, if any. evidence: what `command` measured of it, a row per model, with the keys
-    model, kld_mean and kld_se (nats), top1_agreement, bits_per_value, command.
+    base: the profile it differs from, if any. What was measured of it, rows that end with their `command`: evidence: per model,
+    kld_mean and kld_se (nats), top1_agreement, bits_per_value. needles: per model and context, trials, recall and answer_nll
+    (nats), each also of the 16-bit reference. sizes: how many times smaller a whole cache is. speeds: decode attention in ms,
+    and how many times faster than the fastest over 16 bits.
     """
 
     name: str
@@ -38,7 +43,10 @@ class Profile:
     spec: CacheSpec
     tolerance: Tolerance | None = None
     base: str | None = None
-    evidence: tuple[dict[str, Any], ...] = ()
+    evidence: Rows = ()
+    needles: Rows = ()
+    sizes: Rows = ()
+    speeds: Rows = ()
 
 
 def names() -> list[str]:
@@ -103,20 +111,20 @@ def parsed(name: str, content: dict[str, Any]) -> Profile:
         data.pop(key, None)
     try:
         purpose, tolerance = data.pop("purpose"), data.pop("tolerance", None)
-        evidence = tuple(data.pop("evidence", ()))
+        measured = {kind: tuple(data.pop(kind, ())) for kind in MEASURED}
         limits = None if tolerance is None else Tolerance(**tolerance)
         spec = CacheSpec(key=SideSpec(**data.pop("key")), value=SideSpec(**data.pop("value")), **data)
     except (TypeError, KeyError) as error:
         raise InvalidConfig(
             f"profile {name!r} has an unknown key or lacks one ({error})", "Compare it with the other profiles"
         ) from error
-    return Profile(name, purpose, spec, limits, base, evidence)
+    return Profile(name, purpose, spec, limits, base, **measured)
 
 
 def _measured(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The base, without its evidence where `own` changes what was measured."""
+    """The base, without what was measured of it where `own` changes what was measured."""
     changed = set(own) - {"rank", "base", "purpose", "tolerance"}
-    return {k: v for k, v in base.items() if k != "evidence" or not changed}
+    return {k: v for k, v in base.items() if k not in MEASURED or not changed}
 
 
 def _laid_over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
