@@ -168,7 +168,7 @@ void Rows::pages(int heads, const QueryTile* queries, TileState* states, std::in
   task.count = end - begin;
   task.first_head = head;
   task.head_count = heads;
-  task.first_token = begin == 0 ? request.format->sinks : 0;
+  task.first_token = begin == 0 ? std::max<std::int64_t>(request.format->sinks, source().skipped) : 0;
   task.end_token = source().folded - begin * kPageTokens;
   task.tiles = queries;
   task.states = states;

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define KVF_ABI_VERSION 4
+#define KVF_ABI_VERSION 5
 
 enum { KVF_OK = 0, KVF_UNSUPPORTED = 1, KVF_NON_FINITE = 2, KVF_NO_LEVEL = 3, KVF_NO_MEMORY = 4, KVF_NOT_A_PAGE = 5 };
 enum { KVF_FLOAT32 = 0, KVF_BFLOAT16 = 1, KVF_FLOAT16 = 2 };
@@ -87,6 +87,7 @@ typedef struct kvf_sequence {
      block to block: token t in block recent_table[t / recent_block]. */
   const int32_t* recent_table;
   int64_t recent_block;
+  int64_t skipped; /* leading tokens of the first page that no query reads, in layers whose window has passed them */
 } kvf_sequence;
 
 typedef struct kvf_attend_request {

@@ -18,6 +18,7 @@ from tests.families import FAMILIES, ROUNDING, config, logits_of, make  # noqa: 
 import kvfold  # noqa: E402
 from kvfold.diagnosis import layers_of  # noqa: E402
 from kvfold.errors import KvfoldError  # noqa: E402
+from kvfold.planner.plan import SLIDING  # noqa: E402
 
 DOC = ROOT / "docs" / "families.md"
 HEAD = """# Families
@@ -29,7 +30,9 @@ to float32 rounding; folded profiles run the same path. Everything else is refus
 before a token is stored. `tests/adapters/test_family_modes.py` takes every family that is equal through beams, two turns of one
 cache, and sessions: forked, gone back, saved and loaded, decoded together.
 
-Layers are of the family's default config: *folded* ones; *exact* ones, whose sliding window or chunk bounds their memory;
+Layers are of the family's default config: *folded* ones; *windows*, sliding or chunked layers that fold, because they take less folded
+than the exact tokens that they read (CPU; on a GPU, which has no kernels for them, they stay exact); *exact* ones, whose window takes less
+as it is;
 *state*, recurrent or convolutional; a layer with attention and a state beside it counts in both. The engine is the one `kvfold doctor` names for profile `balanced` on a CPU; where it is
 `torch`, head size or softmax (softcap, sink logits) has no native kernel, or keys and values differ in size.
 
@@ -38,12 +41,17 @@ the profile are; the rotary part of the key stays as it is. Attention is absorbe
 expanded but a block of latents at a time. It runs on the `torch` engine only. `kv_b_proj` has to be unquantized. What folding
 costs in quality was measured on no trained model of this kind.
 
+Windows that fold keep no sinks: queries pass them. Pages that no query reads any more are given up, three pages later than they could be, so
+that trims inside the exact part stay possible. Decode steps run in the CPU kernels, longer calls by way of torch. `tests/adapters/
+test_windows.py` holds them, forced into lossless pages, to the stock cache.
+
 Softcapped models: load them with `attn_implementation="eager"` where transformers would take `sdpa` (5.17 does): that leaves the
 softcap out in layers that stay exact. Folded layers apply it always.
 
 Beside these, `tests/adapters/test_composite.py` holds: encoder-decoders (Bart) fold the decoder's own attention in
-`EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact; positions in three axes (Qwen2-VL) are
-equal; images that attend to themselves in both directions (Gemma 3 with images) are refused.
+`EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact; positions in three axes (Qwen2-VL with an
+image) are equal, ten families that see are equal on text (Gemma 3, Qwen3-VL, Qwen3.5, Kimi-K2.5, InternVL, Llava and others); images that
+attend to themselves in both directions (Gemma 3 with images, PaliGemma) and caches that hold cross-attention (Mllama) are refused.
 """
 TAIL = """
 ## Quantized weights
@@ -88,11 +96,12 @@ def row_of(family: str) -> tuple[str, bool]:
     """The table's row, and whether the family is equal."""
     said = outcome(family)
     layers = described(family) if said == "equal" else []
-    folded = [r for r in layers if r["folds"]]
-    exact = [r for r in layers if not r["folds"] and r["kind"] in ("sliding", "chunked", "hybrid_sliding")]
+    windows = [r for r in layers if r["folds"] and r["kind"] in SLIDING]
+    folded = [r for r in layers if r["folds"] and r not in windows]
+    exact = [r for r in layers if not r["folds"] and r["kind"] in (*SLIDING, "hybrid_sliding")]
     state = [r for r in layers if r["kind"] in ("linear", "conv", "hybrid", "hybrid_sliding")]
-    counts = [str(len(x)) if x else "" for x in (folded, exact, state)]
-    engines = ", ".join(sorted({r["engine"] for r in folded}))
+    counts = [str(len(x)) if x else "" for x in (folded, windows, exact, state)]
+    engines = ", ".join(sorted({r["engine"] for r in folded + windows}))
     return f"| `{family}` | " + " | ".join([*counts, engines, said]) + " |", said == "equal"
 
 
@@ -103,8 +112,8 @@ def main() -> None:
     lines = [
         HEAD,
         f"{equal} of {len(rows)} families equal, {len(rows) - equal} refused (transformers {transformers.__version__}).\n",
-        "| model type | folded | exact | state | engine | lossless against stock |",
-        "|---|---|---|---|---|---|",
+        "| model type | folded | windows | exact | state | engine | lossless against stock |",
+        "|---|---|---|---|---|---|---|",
         *(r for r, _ in rows),
     ]
     DOC.write_text("\n".join(lines) + "\n" + TAIL, encoding="utf-8")

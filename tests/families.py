@@ -192,14 +192,18 @@ REFUSED = {
 FOLDING = tuple(f for f in FAMILIES if f not in REFUSED)
 
 
-@functools.cache
-def config(family: str) -> Any:
-    known = CONFIG_MAPPING[family]()
+def sizes_of(known: Any, family: str) -> dict[str, Any]:
+    """What a config of the family is made of; known: one with its defaults."""
     sizes = {k: v for k, v in SIZES.items() if _settable(known, k)}
     if "kv_lora_rank" in sizes:
         sizes.pop("head_dim", None)
         sizes |= MLA_HEADS
-    own = CONFIG_MAPPING[family](**{**sizes, **OVERRIDES.get(family, {})})
+    return {**sizes, **OVERRIDES.get(family, {})}
+
+
+@functools.cache
+def config(family: str) -> Any:
+    own = CONFIG_MAPPING[family](**sizes_of(CONFIG_MAPPING[family](), family))
     supports = MODEL_FOR_CAUSAL_LM_MAPPING[type(own)]._supports_sdpa
     # Older transformers let sdpa run softcapped models, and leave the softcap out.
     supports = supports and not getattr(own, "attn_logit_softcapping", None)

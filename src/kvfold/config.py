@@ -25,6 +25,7 @@ CODEC_BITS: dict[str, tuple[float, ...]] = {
     "split": (2.5, 3.5),
     "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
 }
+STATES = ("exact", "int8")
 SCALED_CODECS = ("mse", "uniform", "split", "trellis")
 SEARCHED_CODECS = ("mse", "uniform", "split", "trellis")
 
@@ -89,7 +90,8 @@ class CacheSpec:
     """Everything that decides what a folded cache holds.
 
     window: newest tokens a query reads exactly. sinks: first tokens read exactly. centre: subtract each page's mean
-    key before folding and add q . mean back to its scores, which is exact. seed: of signs, rotations and sketches.
+    key before folding and add q . mean back to its scores, which is exact. seed: of signs, rotations and sketches. states: how
+    recurrent states of hybrid models are kept between calls: as they are, or in 8 bits a number.
     """
 
     key: SideSpec = field(default_factory=lambda: SideSpec(scale="unbiased"))
@@ -98,8 +100,11 @@ class CacheSpec:
     sinks: int = 4
     centre: bool = True
     seed: int = 1
+    states: str = "exact"
 
     def __post_init__(self) -> None:
+        if self.states not in STATES:
+            raise InvalidConfig(f"unknown states {self.states!r}", f"Use one of: {', '.join(STATES)}")
         if self.window < 0:
             raise InvalidConfig(f"window {self.window} is negative", "Use 0 or more tokens")
         if not 0 <= self.sinks < PAGE_TOKENS:
@@ -133,6 +138,10 @@ class CacheSpec:
     def for_latents(self) -> CacheSpec:
         """For layers of latent attention: latents folded as keys are, their rotary parts kept as they are."""
         return replace(self, value=SideSpec(codec="raw", bits=16))
+
+    def for_windows(self) -> CacheSpec:
+        """For sliding and chunked layers, which pass their first tokens: none of them are kept as sinks."""
+        return replace(self, sinks=0)
 
     def ring_tokens(self) -> int:
         """Slots of the exact ring. Window, a page being filled, and the exact copy of every page that a trim inside

@@ -12,6 +12,7 @@ from kvfold.dispatch import ENGINES, explain
 from kvfold.errors import KvfoldError, Unsupported, UnsupportedModel
 from kvfold.planner.model import FLOAT32_BYTES, Attention, Layer
 from kvfold.planner.pages import page_of, spec_of
+from kvfold.planner.plan import SLIDING, windows_fold
 from kvfold.profiles import load
 
 
@@ -60,7 +61,8 @@ def layers_of(config: Any, profile: str = "balanced", device: str = "") -> list[
     import torch
 
     from kvfold.adapters.hf_attention import check_family
-    from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer
+    from kvfold.adapters.hf_layers import FoldedWindowLayer, PagedLayer
+    from kvfold.adapters.hf_transformers import FoldedCache
     from kvfold.loading import complete
     from kvfold.planner.architecture import read
 
@@ -77,15 +79,18 @@ def layers_of(config: Any, profile: str = "balanced", device: str = "") -> list[
         row = {"layer": 0, "kind": "unknown", "holds": "", "folds": False, "why_not": refusal or str(error)}
         return [{**row, "engine": "", "passed_over": ""}]
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    windows = not refusal and windows_fold(model, spec, model.dtype_bytes, "auto", where)
     rows = []
     for i, layer in enumerate(model.layers):
-        row = {"layer": i, "kind": layer.kind, "holds": type(held[i]).__name__ if i < len(held) else ""}
+        slides = windows and layer.kind in SLIDING  # decided with the first key, so not held yet
+        holds = FoldedWindowLayer if slides else type(held[i]) if i < len(held) else None
+        row = {"layer": i, "kind": layer.kind, "holds": holds.__name__ if holds is not None else ""}
         if refusal:
             row |= {"folds": False, "why_not": refusal}
-        elif i < len(held) and isinstance(held[i], FoldedLayer) and layer.attention is not None:
+        elif layer.attention is not None and holds is not None and issubclass(holds, PagedLayer):
             row |= _engine_of(spec, layer.attention, model.dtype_bytes, where)
         else:
-            row |= {"folds": False, "why_not": _why_exact(layer)}
+            row |= {"folds": False, "why_not": _why_exact(layer, where)}
         rows.append({"engine": "", "passed_over": ""} | row)
     return [{k: r[k] for k in ("layer", "kind", "holds", "folds", "why_not", "engine", "passed_over")} for r in rows]
 
@@ -114,10 +119,11 @@ def _engine_of(spec: CacheSpec, attention: Attention, dtype_bytes: int, device: 
     }
 
 
-def _why_exact(layer: Layer) -> str:
+def _why_exact(layer: Layer, device: str) -> str:
     window = layer.attention.window if layer.attention is not None else None
     if window is not None:
-        return f"it keeps the newest {window} tokens only, so its memory does not grow with the context"
+        why = "no GPU kernel knows windows" if device == "cuda" else "those take less exact than folded"
+        return f"it keeps the newest {window} tokens only, and {why}"
     if layer.states:
         return "a running state, whose memory does not grow with the context"
     return "it keeps no keys and values of its own"

@@ -17,19 +17,19 @@ from kvfold.errors import InvalidConfig, NoImplementation
 class Implementation:
     """`module` holds why_not(*request) -> list of reasons, and the class `factory` built from the same arguments.
 
-    plain: it knows nothing that a layer's shape calls unusual, and says so.
+    knows: which of the things that a layer's shape calls unusual it can run; None: all. It says so of the others.
     """
 
     name: str
     module: str
     factory: str
-    plain: bool = True
+    knows: tuple[str, ...] | None = ()
 
     def why_not(self, *request: Any) -> list[str]:
         """Every reason against this request; empty if it can run. Errors inside are bugs and propagate."""
         reasons: list[str] = import_module(self.module).why_not(*request)
         unusual = [n for x in request for n in getattr(x, "unusual", ())]
-        return [*reasons, *(f"no kernel for {n}" for n in unusual if self.plain)]
+        return [*reasons, *(f"no kernel for {n}" for n in unusual if self.knows is not None and n not in self.knows)]
 
     def build(self, *request: Any) -> Any:
         make: Callable[..., Any] = getattr(import_module(self.module), self.factory)
@@ -38,9 +38,9 @@ class Implementation:
 
 ENGINES = (
     Implementation("cuda", "kvfold.engine.cuda.engine", "CudaEngine"),
-    Implementation("cpu", "kvfold.engine.cpu.engine", "CpuEngine"),
-    Implementation("triton", "kvfold.engine.triton.engine", "TritonEngine", plain=False),
-    Implementation("torch", "kvfold.engine.on_torch", "make", plain=False),
+    Implementation("cpu", "kvfold.engine.cpu.engine", "CpuEngine", knows=("a sliding window",)),
+    Implementation("triton", "kvfold.engine.triton.engine", "TritonEngine", knows=None),
+    Implementation("torch", "kvfold.engine.on_torch", "make", knows=None),
 )
 
 

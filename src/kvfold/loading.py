@@ -133,7 +133,15 @@ def _explain(source: str, error: Exception, options: Options) -> ModelError:
 
 
 def load_config(source: str, options: Options | None = None) -> Any:
-    """The config alone, without weights. Raises ModelError subclasses with the cure."""
+    """The config alone, without weights; a config.json may be named itself. Raises ModelError subclasses with the cure."""
+    path = Path(source).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        from transformers import CONFIG_MAPPING
+
+        content = _config_of(path)
+        if (kind := content.get("model_type")) not in CONFIG_MAPPING:
+            raise UnsupportedModel(f"transformers does not know the model_type {kind!r} of {source}", "Upgrade it")
+        return CONFIG_MAPPING[kind].from_dict(content)
     return _load(source, options or Options(), weights=False).model
 
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import LENGTH, ROUNDING, STEPS, make, padded, prompt
+from tests import families
+from tests.families import LENGTH, ROUNDING, STEPS, logits_of, make, padded, prompt
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     BartConfig,
     BartForConditionalGeneration,
     DynamicCache,
@@ -161,3 +164,82 @@ def test_sessions_of_unequal_widths(family: str, tmp_path: Path) -> None:
     assert torch.equal(again.extend([7]), session.extend([7]))
     assert info(tmp_path / "kept")["bits_per_value"] == 32  # of a float32 model
     kvfold.detach(model)
+
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "depth": 1,
+    "num_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+SEEING = (
+    "aya_vision",
+    "gemma3",
+    "idefics3",
+    "internvl",
+    "kimi_k25",
+    "lfm2_vl",
+    "llava",
+    "mistral3",
+    "qwen3_5",
+    "qwen3_vl",
+)
+
+
+def seeing(family: str) -> Any:
+    """A tiny model of a family that sees, its text part as tests/families.py has it."""
+    default = CONFIG_MAPPING[family]()
+    text, vision = default.get_text_config(decoder=True), default.vision_config
+    sizes = families.sizes_of(type(text)(), text.model_type)
+    if "layer_types" not in sizes and len(set(getattr(text, "layer_types", None) or ())) > 1:
+        sizes["layer_types"] = [text.layer_types[0], "full_attention"] * 2
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        sizes["rope_parameters"] = {
+            **rope,
+            "mrope_section": [2, 3, 3] if rope.get("partial_rotary_factor", 1) == 1 else [1, 1, 0],
+        }
+    own = {k: v for k, v in VISION.items() if hasattr(vision, k)}
+    made = {
+        "text_config": {**sizes, "model_type": text.model_type},
+        "vision_config": {**own, "model_type": vision.model_type},
+    }
+    ids = {
+        k: 60
+        for k in ("image_token_id", "video_token_id", "image_token_index")
+        if getattr(default, k, None) is not None
+    }
+    config = CONFIG_MAPPING[family](**made, **ids)
+    torch.manual_seed(0)
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [f for f in SEEING if f in CONFIG_MAPPING])
+def test_models_that_see_are_equal_on_text(family: str) -> None:
+    model = seeing(family)
+    want = logits_of(model, DynamicCache(config=model.config))
+    with kvfold.attach(model):
+        cache = kvfold.FoldedCache(model.config, "lossless")
+        assert close(logits_of(model, cache), want)
+    assert cache.folded_layers or family == "mistral3"  # whose layers all slide
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "named"), [("paligemma", "not causal"), ("mllama", "cross-attention")])
+def test_models_that_mix_what_they_see_into_the_cache_are_refused(family: str, named: str) -> None:
+    config = CONFIG_MAPPING[family]()
+    if family == "mllama":
+        with pytest.raises(Unsupported, match=named):
+            kvfold.FoldedCache(config)
+        return
+    model = seeing(family)
+    with kvfold.attach(model), pytest.raises(Unsupported, match=named):
+        logits_of(model, kvfold.FoldedCache(model.config))

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import LlamaConfig, LongcatFlashConfig
+from transformers import DeepseekV3Config, LlamaConfig
 
 import kvfold
 from kvfold.errors import CacheMisuse, CannotTrim, InvalidConfig, KvfoldError, NonFiniteInput, NotAttached, Unsupported
@@ -203,10 +203,16 @@ def test_layers_that_share_keys_would_store_twice() -> None:
     assert cache.folded_layers[0].columns == 3
 
 
+class OtherLatentConfig(DeepseekV3Config):
+    """A family of latent attention that nobody tested."""
+
+    model_type = "other_latent"
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (lambda: LongcatFlashConfig(num_layers=2), "MLA"),
+        (lambda: OtherLatentConfig(num_hidden_layers=2), "MLA"),
         (lambda: LlamaConfig(**{**tiny.COMMON, "num_hidden_layers": 0}), "no cache layers"),
         (lambda: {"model_type": "llama"}, "not a transformers config"),
     ],

@@ -102,6 +102,16 @@ def test_profiles_and_doctor():
     assert all(x["folds"] for x in r["model"])
 
 
+def test_doctor_reads_a_config_alone(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "mistral", "sliding_window": 4096, "num_hidden_layers": 2}))
+    rows = run_json("doctor", str(file))["model"]
+    assert [(x["kind"], x["holds"], x["folds"]) for x in rows] == [("sliding", "FoldedWindowLayer", True)] * 2
+    file.write_text(json.dumps({"model_type": "nobody"}))
+    code, out, _ = run("doctor", str(file), "--json")
+    assert (code, json.loads(out)["error"]["kind"]) == (1, "UnsupportedModel")
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [

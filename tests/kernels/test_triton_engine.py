@@ -19,7 +19,7 @@ from kvfold.dispatch import ENGINES, choose
 from kvfold.engine import select
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
-from kvfold.engine.variant import PLAIN, Variant
+from kvfold.engine.variant import PLAIN, Reach, Variant
 from kvfold.errors import NoImplementation
 
 HEADS = 2
@@ -68,10 +68,10 @@ def layer(
     ("variant", "dims", "new", "groups"),
     [
         (Variant(3.0, True), (64, 64), 1, 4),
-        (Variant(window=150), (64, 64), 3, 2),
-        (Variant(window=20), (64, 64), 1, 2),
+        (Variant(reach=Reach(150)), (64, 64), 3, 2),
+        (Variant(reach=Reach(20)), (64, 64), 1, 2),
         (PLAIN, (64, 32), 1, 2),
-        (Variant(5.0, window=90), (64, 64), 35, 2),  # two tiles of columns
+        (Variant(5.0, reach=Reach(90)), (64, 64), 35, 2),  # two tiles of columns
     ],
     ids=str,
 )
@@ -86,7 +86,7 @@ def test_variants(name: str, variant: Variant, dims: tuple[int, int], new: int, 
 def test_windows_of_the_torch_engine(window: int) -> None:
     """Against the definition in float64, over what pages unfold to."""
     engine = TorchEngine(
-        SMALL, LayerShape(1, HEADS, 64, 4, variant=Variant(window=window)), torch.float32, torch.device("cpu")
+        SMALL, LayerShape(1, HEADS, 64, 4, variant=Variant(reach=Reach(window))), torch.float32, torch.device("cpu")
     )
     k, v, q = (numbers((HEADS, 256 + 40 + 5, 64), s) for s in (1, 2, 3))
     rows = torch.zeros(2, engine.page_bytes, dtype=torch.uint8)
@@ -109,7 +109,7 @@ def test_it_is_chosen_for_what_the_cuda_engine_does_not_take() -> None:
     for spec, shape in (
         (SMALL, LayerShape(0, 8, 96, 2)),
         (SMALL, LayerShape(0, 8, 128, 2, variant=Variant(50.0, True))),
-        (SMALL, LayerShape(0, 8, 128, 2, variant=Variant(window=4096))),
+        (SMALL, LayerShape(0, 8, 128, 2, variant=Variant(reach=Reach(4096)))),
         (TRELLIS, LayerShape(0, 8, 128, 2, value_dim=64)),
         (dense, LayerShape(0, 8, 128, 2)),
     ):

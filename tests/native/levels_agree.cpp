@@ -201,7 +201,7 @@ struct Case {
       return kvf_vectors{recent.floats() + std::int64_t{first} * heads * dim, 0, std::int64_t{tokens} * dim, dim};
     };
     const kvf_vectors old = part(0, kRecent), sinks = part(kRecent, kSinks), fresh = part(kRecent + kSinks, new_tokens);
-    const kvf_sequence sequence{addresses.data(), kPages * kTokens - 50, kRecent, 0, old, old, sinks, sinks, nullptr, 0};
+    const kvf_sequence sequence{addresses.data(), kPages * kTokens - 50, kRecent, 0, old, old, sinks, sinks, nullptr, 0, 0};
     std::vector<float> out(std::size_t(heads) * group * new_tokens * dim);
     const kvf_vectors q{query.bytes(), 0, std::int64_t{new_tokens} * dim, dim};
     const kvf_attend_request request{&format, &sequence, 1, heads * group, new_tokens, KVF_FLOAT32, KVF_FLOAT32, level, 2,

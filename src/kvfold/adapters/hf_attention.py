@@ -9,6 +9,7 @@ working: a call that brings tensors goes to the implementation the model had bef
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,12 +23,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvfold.engine.request import AttendRequest
+from kvfold.engine.variant import Reach
 from kvfold.errors import InvalidConfig, NotAttached, Unsupported
 
 NAME = "kvfold"
 
 # Arguments of an attention call that change its result and that folded attention does not implement.
-REFUSED = ("position_bias", "sliding_window", "output_attentions", "cache", "head_mask")
+REFUSED = ("position_bias", "output_attentions", "cache", "head_mask")
 # Tensors that models pass along to every attention function and that do not change a folded one.
 HARMLESS = ("position_ids", "cache_position", "position_embeddings", "input_ids", "attention_mask", "labels")
 
@@ -39,6 +41,9 @@ class Attends(Protocol):
 
     @property
     def latent(self) -> bool: ...
+
+    @property
+    def reach(self) -> Reach | None: ...
 
     def attend(self, handle: Handle, call: AttendRequest, mask: LazyMask | None) -> Tensor: ...
 
@@ -77,28 +82,47 @@ class LazyMask:
 
     def __init__(self, make: Callable[..., Any], arguments: dict[str, Any]) -> None:
         self._make, self.arguments = make, arguments
-        self._known: tuple[int, int, Sequence[Runs], list[int]] | None = None
+        self._known: tuple[int, int, Sequence[Runs], Reach | None, list[int]] | None = None
+
+    ndim = 4  # of the mask itself: models within models are handed the outer one's, and look
 
     @functools.cached_property
     def dense(self) -> Any:
         """What the model's own implementation would have been given."""
         return self._make(**self.arguments)
 
-    def pads(self, new: int, columns: int, holes: Sequence[Runs]) -> list[int]:
+    def pads(self, new: int, columns: int, holes: Sequence[Runs], reach: Reach | None = None) -> list[int]:
         """How many of the call's `new` columns are left padding, per row.
 
         holes: which of the `columns` before the call were padding, per row. Raises Unsupported for masks that are not
-        plain causal with left padding, or that hide other tokens of the past than they did.
+        causal with left padding and the layer's reach, or that hide other tokens of the past than they did.
         """
-        if self._known is None or self._known[:3] != (new, columns, holes):
+        if self._known is None or self._known[:4] != (new, columns, holes, reach):
             # Layers of one call share the mask and, as a rule, the past: it is read once.
-            self._known = (new, columns, [list(runs) for runs in holes], self._read(new, columns, holes))
-        return self._known[3]
+            self._known = (new, columns, [list(runs) for runs in holes], reach, self._read(new, columns, holes, reach))
+        return self._known[4]
 
-    def _read(self, new: int, columns: int, holes: Sequence[Runs]) -> list[int]:
-        if self.arguments["mask_function"] is not causal_mask_function:
+    def _read(self, new: int, columns: int, holes: Sequence[Runs], reach: Reach | None) -> list[int]:
+        if not _is_causal(self.arguments["mask_function"], reach):
             raise Unsupported("this model's attention mask is not plain causal", "Use the stock cache for it")
-        return read_pads(self.arguments["attention_mask"], new, columns, holes)
+        pads = read_pads(self.arguments["attention_mask"], new, columns, holes)
+        begun = [p and columns and runs != [(0, columns)] for p, runs in zip(pads, holes, strict=True)]
+        if reach is not None and any(begun):
+            # transformers counts a window in columns, padding included; here pads are not stored.
+            raise Unsupported("padding lies between the tokens of a sliding window", "Pad only what begins a row")
+        return pads
+
+
+def _is_causal(mask: Callable[..., Any], reach: Reach | None) -> bool:
+    """Whether a mask function of transformers is causal and, with a reach, hides what lies before it, and nothing else."""
+    if reach is None:
+        return mask is causal_mask_function
+    both = inspect.getclosurevars(mask).nonlocals.get("mask_functions", ())
+    if len(both) != 2 or both[1] is not causal_mask_function:
+        return False
+    overlay, known = both[0], inspect.getclosurevars(both[0]).nonlocals
+    kind, size = ("chunked_overlay", "chunk_size") if reach.chunked else ("sliding_window_overlay", "sliding_window")
+    return bool(overlay.__qualname__.startswith(f"{kind}.") and known.get(size) == reach.tokens)
 
 
 def read_pads(mask: Tensor | None, new: int, columns: int, holes: Sequence[Runs]) -> list[int]:
@@ -184,6 +208,9 @@ def _attend(
         run = _fallback_attention(fallback, module)
         return run(module, query, key, value, dense, scaling=scaling, dropout=dropout, **kwargs)
     softcap, sink_logits = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    window, reach = kwargs.pop("sliding_window", None), key.layer.reach
+    if window is not None and (reach is None or window != reach.tokens):
+        raise Unsupported("folded attention does not implement 'sliding_window'", "Use the stock cache for this model")
     _refuse(module, query, dropout, kwargs)
     if attention_mask is not None and not isinstance(attention_mask, LazyMask):
         raise Unsupported("a ready-made 4D mask cannot be read by a folded cache", "Pass a 2D attention mask, or none")
@@ -228,6 +255,8 @@ def _keep_latents(model: torch.nn.Module) -> None:
 def _mask(fallback: str, **arguments: Any) -> Any:
     """The registered mask function. A mask over all tokens so far is made when it is wanted, any other at once: caches
     with windows or of static size may count in tensors, in place, and hand masks through code that expects tensors."""
+    if isinstance(outer := arguments.get("attention_mask"), LazyMask):
+        return outer
     make = ALL_MASK_ATTENTION_FUNCTIONS.get(fallback, _no_mask)
     past, new, length = (arguments.get(name) for name in ("q_offset", "q_length", "kv_length"))
     if isinstance(past, int) and isinstance(new, int) and length == past + new and not arguments.get("kv_offset"):

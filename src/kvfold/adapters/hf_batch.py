@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from kvfold.adapters.hf_layers import PagedLayer
 from kvfold.adapters.hf_state import tensors_of
-from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer
+from kvfold.adapters.hf_transformers import FoldedCache
 from kvfold.cache.guard import CallGuard
 from kvfold.cache.layer import FoldedAttention
 from kvfold.errors import CacheMisuse, Unsupported
@@ -43,7 +44,7 @@ class Batch:
             )
         for c in self._caches:
             c.guard.check()
-            if not c.get_seq_length() or any(x.holes != [[]] for x in c.folded_layers):
+            if not c.get_seq_length() or any(x.holes != [[]] for x in c.paged_layers):
                 raise CacheMisuse(
                     "a cache of this batch is empty, padded, or has several rows",
                     "Prefill each cache alone, without padding",
@@ -93,7 +94,7 @@ class Batch:
         lengths = self.lengths
         for b, (cache, length) in enumerate(zip(self._caches, lengths, strict=True)):
             for mine, layer in zip(self.cache.layers, cache.layers, strict=True):
-                if isinstance(layer, FoldedLayer):
+                if isinstance(layer, PagedLayer):
                     layer.columns = length
                 _scatter_stock(mine, layer, b, length)
             cache.guard.free()
@@ -104,7 +105,7 @@ BATCHED = (DynamicSlidingWindowLayer, LinearAttentionLayer)
 
 
 def _folds(layer: Any) -> bool:
-    return isinstance(layer, FoldedLayer)
+    return isinstance(layer, PagedLayer)
 
 
 def _gather_stock(layer: Any, rows: Sequence[Any], columns: int) -> None:
@@ -121,7 +122,7 @@ def _gather_stock(layer: Any, rows: Sequence[Any], columns: int) -> None:
         for x in rows:
             x.keys = x.values = None
     if isinstance(layer, LinearAttentionLayer):
-        for name in ("conv_states", "recurrent_states"):
+        for name in _states(layer):
             setattr(layer, name, {i: _rows([getattr(x, name)[i] for x in rows]) for i in getattr(layer, name)})
             for x in rows:
                 setattr(x, name, dict.fromkeys(getattr(x, name)))
@@ -130,6 +131,11 @@ def _gather_stock(layer: Any, rows: Sequence[Any], columns: int) -> None:
 
 
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
+
+
+def _states(layer: Any) -> list[str]:
+    """The attributes of a layer that have its states."""
+    return [name for name in ("conv_states", "recurrent_states", "codes", "scales") if hasattr(layer, name)]
 
 
 def _rows(states: Sequence[Tensor | None]) -> Tensor | None:
@@ -143,6 +149,6 @@ def _scatter_stock(batch: Any, layer: Any, row: int, length: int) -> None:
         layer.cumulative_length = length
     if not isinstance(layer, LinearAttentionLayer):
         return
-    for name in ("conv_states", "recurrent_states"):
+    for name in _states(batch):
         for i, state in getattr(batch, name).items():
             getattr(layer, name)[i] = None if state is None else state[row : row + 1].clone()

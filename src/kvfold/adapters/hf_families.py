@@ -12,6 +12,10 @@ NOT_FOLDED = {
     **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
     **dict.fromkeys(("inkling_text", "inkling2_text"), "adds a bias by position to its scores (position_bias)"),
     "minimax": "makes a cache of its own kind",
+    "mllama_text_model": "keeps what its cross-attention reads in the same cache",
     "recurrent_gemma": "keeps running states in its modules, outside of caches",
     **dict.fromkeys(("rwkv", "xlstm"), "keeps running states outside of caches of this kind"),
 }
+# Families whose layers hand every new running state to the cache, which may then keep it in codes. State-space layers change
+# theirs in place.
+CODED_STATES = ("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ from transformers.cache_utils import (
 from kvfold.adapters.hf_attention import Handle, LazyMask, Runs, no_pads
 from kvfold.cache.guard import CallGuard
 from kvfold.cache.layer import FoldedAttention
-from kvfold.config import CacheSpec
+from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.engine.request import AttendRequest
 from kvfold.engine.select import make_engine
-from kvfold.engine.variant import PLAIN, Variant
+from kvfold.engine.variant import PLAIN, Reach, Variant
 from kvfold.errors import CannotTrim, Unsupported
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,8 +35,8 @@ eager: Callable[[F], F] = torch.compiler.disable(
 )
 
 
-class FoldedLayer(CacheLayerMixin):
-    """A full-attention layer of a FoldedCache."""
+class PagedLayer(CacheLayerMixin):
+    """A layer of a FoldedCache whose keys and values lie in pages."""
 
     is_compileable = False
     is_croppable = True
@@ -65,6 +65,11 @@ class FoldedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
+    def reach(self) -> Reach | None:
+        """How far back its queries read, if not to the beginning."""
+        return self.folded.variant.reach
+
+    @property
     def latent(self) -> bool:
         """Whether keys are latents and values their rotary parts: see engine.variant."""
         return self.folded.variant.latent
@@ -86,7 +91,7 @@ class FoldedLayer(CacheLayerMixin):
         stored = False
         try:
             new = call.q.shape[2]
-            pads = mask.pads(new, self.columns, self.holes) if mask is not None else no_pads(self.holes)
+            pads = mask.pads(new, self.columns, self.holes, self.reach) if mask is not None else no_pads(self.holes)
             out = self.folded.attend(call.q, call.k, call.v, pads, call.scale, call.softcap, call.sink_logits)
             for runs, n in zip(self.holes, pads, strict=True):
                 if n:
@@ -109,14 +114,23 @@ class FoldedLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length  # the name other libraries still ask for
 
+    def can_crop(self, tokens_to_remove: int) -> bool:
+        """Whether `crop` of the newest -n columns is possible in every row."""
+        keep = self.columns + min(0, tokens_to_remove)
+        rows = zip(self.folded.sequences, self._padding_after(keep), strict=True)
+        return all(s.can_trim(self.columns - keep - p) for s, p in rows)
+
+    def _padding_after(self, keep: int) -> list[int]:
+        """How many columns from `keep` on are padding, per row."""
+        return [sum(stop - max(start, keep) for start, stop in runs if stop > keep) for runs in self.holes]
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest -n columns; a positive n is the length to keep, as transformers once had it."""
         n = int(-tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove))
         if n > self.columns:
             raise CannotTrim(f"cannot remove {n} of {self.columns} tokens", "Crop at most what the cache holds")
         keep = self.columns - n
-        padding = [sum(stop - max(start, keep) for start, stop in runs if stop > keep) for runs in self.holes]
-        self.folded.trim([n - p for p in padding])
+        self.folded.trim([n - p for p in self._padding_after(keep)])
         self.holes = [[(a, min(b, keep)) for a, b in runs if a < keep] for runs in self.holes]
         self.columns = keep
 
@@ -143,12 +157,55 @@ class FoldedLayer(CacheLayerMixin):
 
     prefetch = offload
 
-    def fork(self, guard: CallGuard, compact: bool = False) -> FoldedLayer:
+    def fork(self, guard: CallGuard, compact: bool = False) -> Self:
         """An independent continuation that shares folded pages."""
         other = copy.copy(self)
         other.folded, other.guard = self.folded.compact() if compact else self.folded.fork(), guard
         other.holes = [list(runs) for runs in self.holes]
         return other
+
+
+class FoldedLayer(PagedLayer):
+    """A full-attention layer: its pages are all there is of the context, and sessions keep them."""
+
+
+class FoldedWindowLayer(PagedLayer):
+    """A sliding or chunked layer that takes less folded than exact: pages that no query reads any more are given up."""
+
+    is_sliding = True
+
+    @property
+    def sliding_window(self) -> int:
+        return self.reach.tokens  # type: ignore[union-attr]
+
+    @property
+    def most_pages(self) -> int:
+        """Pages that a row holds between calls, at most."""
+        return (self.sliding_window + self.folded.spec.ring_tokens()) // PAGE_TOKENS + 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a layer of one row holds, by name: pages in the byte order of files, exact tokens, what codecs froze."""
+        if not self.folded.sequences:
+            return {}
+        s = self.folded.sequences[0]
+        pages = [self.folded.canonical(p) for p in s.pages]
+        k, v = s.exact()
+        frozen = {n: x for n, x in zip(("state_keys", "state_values"), s.state, strict=True) if x is not None}
+        return {"keys": k, "values": v, **frozen, **({"pages": torch.stack(pages)} if pages else {})}
+
+    def numbers(self) -> dict[str, int]:
+        """The counters of a layer of one row."""
+        s = self.folded.sequences[0]
+        return {"length": s.length, "folded": s.folded, "given_up": s.given_up}
+
+    def fill(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+        """Make an empty layer of one row one that holds these."""
+        s = self.folded.sequences[0]
+        pages = [self.folded.adopt(row) for row in tensors.get("pages", ())]
+        state = tensors.get("state_keys"), tensors.get("state_values")
+        exact = tensors["keys"], tensors["values"]
+        s.restore(pages, numbers["length"], numbers["folded"], exact, state, numbers["given_up"])
+        self.columns = numbers["length"]
 
 
 # Newer kinds of layers, which older versions have no name for.
@@ -173,21 +230,57 @@ class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
 
     def _select(self, rows: list[int]) -> None:
         super()._select(rows)
-        for states in (self.conv_states, self.recurrent_states):
-            for i, x in states.items():
-                if x is not None:
-                    states[i] = x[torch.tensor(rows, device=x.device)]
+        _select_states(self, torch.tensor(rows))
 
     def reset(self) -> None:
         FoldedLayer.reset(self)
         LinearAttentionLayer.__init__(self, self.number_of_states)
 
-    def fork(self, guard: CallGuard, compact: bool = False) -> FoldedHybridLayer:
+    def fork(self, guard: CallGuard, compact: bool = False) -> Self:
         other = super().fork(guard, compact)
         for name, x in vars(self).items():
             if isinstance(x, dict):
                 setattr(other, name, copy.deepcopy(x))
         return other
+
+
+STATE_LEVELS = 127  # of a recurrent state's codes, either side of zero
+
+
+class CodedStateLayer(LinearAttentionLayer):
+    """A linear-attention layer whose recurrent state lies in int8 codes between calls, with one scale for each vector along its
+    last axis. The convolution's state stays as it is: transformers changes it in place."""
+
+    def __init__(self, number_of_states: int = 1, **kwargs: Any) -> None:
+        super().__init__(number_of_states, **kwargs)
+        self.codes: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
+        self.scales: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Keep a state; returns what the next call will be given."""
+        scale = recurrent_states.abs().amax(-1, keepdim=True) / STATE_LEVELS
+        codes = torch.where(scale > 0, recurrent_states / scale, 0).round().clamp(-STATE_LEVELS, STATE_LEVELS)
+        self.codes[state_idx], self.scales[state_idx] = codes.to(torch.int8), scale
+        self.is_recurrent_states_initialized[state_idx] = True
+        return self.recurrent_state(state_idx)
+
+    def recurrent_state(self, state_idx: int) -> Tensor:
+        """A state in the dtype it came in. Raises KeyError for one that never came."""
+        codes, scale = self.codes[state_idx], self.scales[state_idx]
+        if codes is None or scale is None:
+            raise KeyError(state_idx)
+        return codes * scale
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        _select_states(self, beam_idx)
+
+
+def _select_states(layer: LinearAttentionLayer, rows: Tensor) -> None:
+    """Keep, repeat or permute the rows of every state."""
+    for states in vars(layer).values():
+        for i, x in states.items() if isinstance(states, dict) else ():
+            if isinstance(x, Tensor):
+                states[i] = x[rows.to(x.device)]
 
 
 # What takes the place of which of transformers' layers.
@@ -198,4 +291,19 @@ STOCK_LAYERS = (
     LinearAttentionLayer,
     HybridWindowLayer,
     EmptyLayer,
+    CodedStateLayer,
 )
+
+
+def windows_of(text: Any, layers: list[Any]) -> dict[int, Reach]:
+    """What queries of each sliding or chunked layer read. Empty where some of them have a running state beside them: all share a
+    mask, and those stay as they are."""
+    if any(type(x) is HybridWindowLayer is not LinearAttentionLayer for x in layers):
+        return {}
+    types = getattr(text, "layer_types", None)
+    chunks = getattr(text, "sliding_window", None) is None and getattr(text, "attention_chunk_size", None) is not None
+    return {
+        i: Reach(x.sliding_window, types[i] == "chunked_attention" if types else chunks)
+        for i, x in enumerate(layers)
+        if type(x) is DynamicSlidingWindowLayer
+    }

@@ -1,4 +1,4 @@
-"""transformers: what a layer of stock kind holds of a context, as named tensors and plain numbers, and back."""
+"""transformers: what a layer that is not kept page by page holds of a context, as named tensors and plain numbers, and back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvfold.adapters.hf_layers import FoldedWindowLayer
 from kvfold.errors import InvalidInput
 
 Plain = dict[str, Any]
@@ -13,17 +14,24 @@ Plain = dict[str, Any]
 
 def tensors_of(layer: Any) -> dict[str, Tensor]:
     """Tensors by the name of their attribute, or `name.key` in a dict of states. Constants of a layer have no dims."""
+    if isinstance(layer, FoldedWindowLayer):
+        return {n: x.contiguous() for n, x in layer.tensors().items()}
     named = {n: x for n, x in _flat(layer).items() if isinstance(x, Tensor) and x.dim()}
     return {n: x.contiguous() for n, x in named.items()}
 
 
 def numbers_of(layer: Any) -> Plain:
     """Counters, flags and sizes by the same names: what JSON can hold."""
+    if isinstance(layer, FoldedWindowLayer):
+        return layer.numbers()
     return {n: x for n, x in _flat(layer).items() if x is None or isinstance(x, bool | int | float | str)}
 
 
 def fill(layer: Any, tensors: dict[str, Tensor], numbers: Plain) -> None:
     """Give an empty layer of the same model what another held. Raises InvalidInput for names it does not have."""
+    if isinstance(layer, FoldedWindowLayer):
+        layer.fill(tensors, numbers)
+        return
     there = _flat(layer)
     for name, x in {**numbers, **tensors}.items():
         owner, _, key = name.partition(".")

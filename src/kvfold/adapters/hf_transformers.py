@@ -6,6 +6,7 @@ The oldest and the newest transformers that the tests ran with are 5.17 and 5.23
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,14 +20,28 @@ from transformers.cache_utils import (
 )
 
 from kvfold.adapters.hf_attention import attach, detach, no_gradients, register
-from kvfold.adapters.hf_families import LATENT, NOT_FOLDED
-from kvfold.adapters.hf_layers import FOLDED, STOCK_LAYERS, FoldedHybridLayer, FoldedLayer, HybridWindowLayer, eager
+from kvfold.adapters.hf_families import CODED_STATES, LATENT, NOT_FOLDED
+from kvfold.adapters.hf_layers import (
+    FOLDED,
+    STOCK_LAYERS,
+    CodedStateLayer,
+    FoldedHybridLayer,
+    FoldedLayer,
+    FoldedWindowLayer,
+    HybridWindowLayer,
+    PagedLayer,
+    eager,
+    windows_of,
+)
 from kvfold.adapters.hf_state import tensor_bytes
 from kvfold.adapters.hf_weights import weights_bytes
 from kvfold.cache.fidelity import Fidelity
 from kvfold.cache.guard import CallGuard
-from kvfold.config import CacheSpec
+from kvfold.cache.sizes import folds_smaller
+from kvfold.config import TUNED, CacheSpec
 from kvfold.dispatch import ENGINES
+from kvfold.engine.request import LayerShape
+from kvfold.engine.select import make_engine
 from kvfold.errors import CannotTrim, InvalidConfig, Unsupported
 from kvfold.planner.architecture import variant_of
 from kvfold.profiles import load
@@ -65,6 +80,13 @@ class FoldedCache(Cache):
                 f"no layer of this {text.model_type} keeps keys and values",
                 "There is nothing to fold: use its own cache",
             )
+        if self.spec.states == "int8" and any(isinstance(x, LinearAttentionLayer) for x in layers):
+            if text.model_type not in CODED_STATES:
+                raise Unsupported(
+                    f"{text.model_type} changes its states where they lie, so they cannot be codes",
+                    "Use states 'exact'",
+                )
+            layers = [CodedStateLayer(x.number_of_states) if type(x) is LinearAttentionLayer else x for x in layers]
         # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
         counted = [i for i, x in enumerate(layers) if isinstance(x, CacheLayerMixin)]
         self.guard = CallGuard(counted[-1] if counted else -1)
@@ -76,7 +98,31 @@ class FoldedCache(Cache):
                 layers[i] = kind(own, i, backend, self.guard, variant, states)
             elif type(layer) not in STOCK_LAYERS:
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
+        self.backend, self._softmax = backend, variant_of(text.to_dict(), slides=True)
+        self._windows = windows_of(text, layers)  # until the first call decides whether they fold
         super().__init__(layers=layers)
+
+    def _settle_windows(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Fold sliding and chunked layers if they take less folded: all of them or none, since they share a mask.
+
+        A GPU has no kernels for them, and tuned profiles no bases: there they stay exact.
+        """
+        windows, self._windows = self._windows, {}
+        spec, heads, dims = self.spec.for_windows(), keys.shape[1], (keys.shape[-1], values.shape[-1])
+        first = replace(self._softmax, reach=windows[layer])
+        shape = LayerShape(layer, heads, dims[0], keys.dtype.itemsize, variant=first, value_dim=dims[1])
+        if keys.device.type != "cpu" or TUNED in (spec.key.codec, spec.value.codec):
+            return
+        page_bytes = make_engine(self.backend, spec, shape, keys.dtype, keys.device).page_bytes
+        if folds_smaller(spec, windows[layer], page_bytes, heads, dims, keys.dtype.itemsize):
+            for i, reach in windows.items():
+                variant = replace(self._softmax, reach=reach)
+                self.layers[i] = FoldedWindowLayer(spec, i, self.backend, self.guard, variant)
+
+    @property
+    def paged_layers(self) -> list[PagedLayer]:
+        """Folded layers, those with windows included."""
+        return [x for x in self.layers if isinstance(x, PagedLayer)]
 
     @property
     def folded_layers(self) -> list[FoldedLayer]:
@@ -98,7 +144,9 @@ class FoldedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         call = self._enter(layer_idx, key_states)
-        if isinstance(self.layers[layer_idx], FoldedLayer):
+        if layer_idx in self._windows:
+            self._settle_windows(layer_idx, key_states, value_states)
+        if isinstance(self.layers[layer_idx], PagedLayer):
             return super().update(key_states, value_states, layer_idx, call=call)
         self.guard.stored.add(layer_idx)
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -116,6 +164,12 @@ class FoldedCache(Cache):
     ) -> Tensor:
         self._enter_linear(layer_idx, recurrent_states, f"recurrent {state_idx}")
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CodedStateLayer) and layer.has_previous_state[state_idx]:
+            return layer.recurrent_state(state_idx)
+        return super().get_recurrent_state(layer_idx, state_idx)
 
     def _enter_linear(self, layer: int, states: Tensor, part: str) -> None:
         # In a last layer that has both, the state may come before attention, which ends the call, or after it.
@@ -139,7 +193,7 @@ class FoldedCache(Cache):
                     "Continue from a fork made before the call, or reset() the cache and prefill again",
                 )
             for i in self.guard.stored:
-                if isinstance(x := self.layers[i], FoldedLayer):
+                if isinstance(x := self.layers[i], PagedLayer):
                     x.crop(columns - x.columns)
                 else:
                     vars(x).update(sliding[i])
@@ -150,8 +204,9 @@ class FoldedCache(Cache):
         self.guard.check()
         for i, x in enumerate(self.layers):
             full = isinstance(x, DynamicSlidingWindowLayer) and x.get_seq_length() >= x.sliding_window
+            passed = isinstance(x, PagedLayer) and not x.can_crop(int(tokens_to_remove))
             linear = isinstance(x, LinearAttentionLayer) and any(x.has_previous_state.values())
-            if (full and not x.record_past) or (linear and not (x.record_past and x.is_croppable)):
+            if passed or (full and not x.record_past) or (linear and not (x.record_past and x.is_croppable)):
                 raise CannotTrim(
                     f"layer {i} ({type(x).__name__}) does not keep what it would need to go back",
                     "Continue from a fork made before those tokens",
@@ -165,7 +220,7 @@ class FoldedCache(Cache):
             # Stock layers would keep zeroed tensors of the old batch.
             if type(x) is DynamicSlidingWindowLayer:
                 x.__init__(x.sliding_window)
-            elif type(x) is LinearAttentionLayer:
+            elif type(x) in (LinearAttentionLayer, CodedStateLayer):
                 x.__init__(x.number_of_states)
             elif type(x) is HybridWindowLayer:
                 x.__init__(x.sliding_window, x.number_of_states)
@@ -187,14 +242,14 @@ class FoldedCache(Cache):
         other = copy.copy(self)
         other.guard = CallGuard(self.guard.last)
         other.layers = [
-            x.fork(other.guard, compact) if isinstance(x, FoldedLayer) else copy.deepcopy(x) for x in self.layers
+            x.fork(other.guard, compact) if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers
         ]
         return other
 
     @property
     def nbytes(self) -> int:
         """Every byte allocated for the context, of folded and of stock layers."""
-        return sum(x.folded.nbytes for x in self.folded_layers) + self._stock_bytes
+        return sum(x.folded.nbytes for x in self.paged_layers) + self._stock_bytes
 
     @property
     def _stock_bytes(self) -> int:
@@ -204,12 +259,13 @@ class FoldedCache(Cache):
     @property
     def used_bytes(self) -> int:
         """What this cache's own tokens need, where `nbytes` counts all of the pools that it shares with others."""
-        return sum(x.folded.used_bytes for x in self.folded_layers) + self._stock_bytes
+        return sum(x.folded.used_bytes for x in self.paged_layers) + self._stock_bytes
 
     @property
     def unshared_bytes(self) -> int:
-        """`used_bytes` without pages, which forks share."""
-        return sum(x.folded.exact_bytes for x in self.folded_layers) + self._stock_bytes
+        """`used_bytes` without pages, which forks share; pages of windows, which change hands all the time, are counted."""
+        windows = sum(x.folded.used_bytes for x in self.paged_layers if not isinstance(x, FoldedLayer))
+        return sum(x.folded.exact_bytes for x in self.folded_layers) + windows + self._stock_bytes
 
     @property
     def reference_bytes(self) -> int:
@@ -224,7 +280,7 @@ class FoldedCache(Cache):
         """Bytes by layer and kind, tokens, bits per value, ratio to 16 bits; with a model, those of its weights, too."""
         layers = []
         for i, x in enumerate(self.layers):
-            if isinstance(x, FoldedLayer):
+            if isinstance(x, PagedLayer):
                 layers.append({**(row := x.folded.report()), **_with_states(x, row["bytes"])})
             else:
                 layers.append({"layer": i, "kind": type(x).__name__, "bytes": tensor_bytes(x)})
@@ -242,7 +298,7 @@ class FoldedCache(Cache):
         }
 
 
-def _with_states(layer: FoldedLayer, folded: int) -> dict[str, int]:
+def _with_states(layer: PagedLayer, folded: int) -> dict[str, int]:
     """What a folded layer's row in a report says of the state beside it."""
     states = tensor_bytes(layer)
     return {"bytes": folded + states, "state_bytes": states} if isinstance(layer, FoldedHybridLayer) else {}

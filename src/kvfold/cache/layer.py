@@ -86,7 +86,7 @@ class FoldedAttention:
         heads, dim, dtype, device, value_dim = built
         shape = LayerShape(self.layer, heads, dim, dtype.itemsize, variant=self.variant, value_dim=value_dim)
         self.engine = self._make(self.spec, shape, dtype, device)
-        self.pool = PagePool(self.engine.page_bytes, device)
+        self.pool = PagePool(self.engine.page_bytes, device, one_by_one=self.variant.reach is not None)
         self._built = built
         return self.engine
 
@@ -338,8 +338,8 @@ class FoldedAttention:
         """A page of the pool in the byte order of files, uint8 on the CPU."""
         return self.engine.to_canonical(self.pool.row(page)).cpu()  # type: ignore[union-attr]
 
-    def adopt(self, canonical: Tensor, digest: bytes) -> int:
-        """A page of the pool with the content of a file's page, shared with others of the same content."""
+    def adopt(self, canonical: Tensor, digest: bytes | None = None) -> int:
+        """A page of the pool with the content of a file's page, with a digest shared with others of the same content."""
         page = self.pool.allocate()
         try:
             row = self.pool.row(page)
@@ -347,7 +347,7 @@ class FoldedAttention:
         except BaseException:
             self.pool.release(page)
             raise
-        return self.pool.share(page, digest)
+        return page if digest is None else self.pool.share(page, digest)
 
     @property
     def _pools(self) -> list[PagePool]:
@@ -375,7 +375,7 @@ class FoldedAttention:
         heads, dim, _, _, value_dim = self._built
         return {
             "layer": self.layer,
-            "kind": "folded",
+            "kind": "folded" if self.variant.reach is None else "folded window",
             "backend": self.engine.name,
             **self.engine.running(),
             "bytes": self.nbytes,
@@ -384,7 +384,7 @@ class FoldedAttention:
             "exact_bytes": self.exact_bytes,
             "table_bytes": sum(s.table_bytes for s in self.sequences),
             "tokens": sum(s.length for s in self.sequences),
-            "folded_tokens": sum(s.folded for s in self.sequences),
+            "folded_tokens": sum(s.folded - s.given_up * PAGE_TOKENS for s in self.sequences),
             "bits_per_value": 8 * self.engine.page_bytes / (PAGE_TOKENS * heads * (dim + value_dim)),
             **({} if self.fidelity is None else {"fidelity": self.fidelity.report()}),
         }

@@ -22,8 +22,9 @@ class PagePool:
     Forks of a cache share pools and may run in threads of their own, so every change is made under a lock.
     """
 
-    def __init__(self, page_bytes: int, device: torch.device) -> None:
-        self.page_bytes, self.device = page_bytes, device
+    def __init__(self, page_bytes: int, device: torch.device, one_by_one: bool = False) -> None:
+        """one_by_one: every page is a slab, so that what is held never depends on what was: for few pages that come and go."""
+        self.page_bytes, self.device, self.one_by_one = page_bytes, device, one_by_one
         self._slabs: dict[int, Tensor] = {}  # id of a slab's first page -> its rows
         self._used: dict[int, int] = {}  # the same -> how many of them are in use
         self._where: dict[int, tuple[int, int]] = {}  # page -> (slab, row)
@@ -56,8 +57,9 @@ class PagePool:
             return sum(self._used.values())
 
     def _grow(self) -> None:
-        memory = reserve(slab_pages(sum(self._used.values())) * self.page_bytes, self.device)
-        n = len(memory) // self.page_bytes
+        n = 1 if self.one_by_one else slab_pages(sum(self._used.values()))
+        memory = reserve(n * self.page_bytes, self.device)
+        n = 1 if self.one_by_one else len(memory) // self.page_bytes
         slab = memory[: n * self.page_bytes].view(n, self.page_bytes)
         first = self._next
         self._next += n
@@ -82,6 +84,8 @@ class PagePool:
         with self._lock:
             self._drain()
             used, free, added = sum(self._used.values()), len(self._free), 0
+            if self.one_by_one:
+                return max(0, pages - free) * mapped(self.page_bytes, on_cpu=self.device.type == "cpu")
             while free < pages:
                 slab = mapped(slab_pages(used + free) * self.page_bytes, on_cpu=self.device.type == "cpu")
                 free, added = free + slab // self.page_bytes, added + slab

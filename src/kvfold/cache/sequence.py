@@ -13,7 +13,7 @@ from torch import Tensor
 from kvfold.cache.pages import PagePool
 from kvfold.cache.sizes import TABLE_ENTRY_BYTES
 from kvfold.config import PAGE_TOKENS, CacheSpec
-from kvfold.engine.request import Runs, SequenceView
+from kvfold.engine.request import LayerShape, Runs, SequenceView
 from kvfold.errors import CannotTrim
 
 # Pages folded by one engine call: bounds the float32 copies of a long prefill call. A GPU needs more at a time to be busy.
@@ -27,6 +27,7 @@ class Engine(Protocol):
 
     name: str
     spec: CacheSpec
+    shape: LayerShape
     page_bytes: int
 
     def freeze(self, keys: Tensor, values: Tensor) -> State: ...
@@ -38,11 +39,13 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Staged:
-    """Pages folded for an append that is not made yet. keep: how many of the sequence's own pages stay before `new`."""
+    """Pages folded for an append that is not made yet. keep: how many of the sequence's own pages stay before `new`. first:
+    pages of the sequence before all of these, which are given up."""
 
     keep: int
     new: list[int]
     state: State
+    first: int
 
 
 class LayerSequence:
@@ -62,6 +65,7 @@ class LayerSequence:
         self.sinks_k, self.sinks_v = self.ring_k[:, : spec.sinks].clone(), self.ring_v[:, : spec.sinks].clone()
         self.pages: list[int] = []  # changed in place only: the finalizer holds this list
         self.length = self.folded = self.exact_start = 0
+        self.given_up = 0  # leading pages that no query can read any more, in layers with a reach
         self.unchanged = 0  # leading pages that are as they were at the last `mark`
         self.changes = 0  # how often anything but `advance` changed it
         self._runs: Runs | None = None  # of `pages`, until they change
@@ -91,7 +95,8 @@ class LayerSequence:
     def view(self, pads: int) -> SequenceView:
         """The sequence as attention of the next call reads it."""
         k, v = self._ring(self.folded, self.length)
-        return SequenceView(self.runs, self.folded, self.sinks_k, self.sinks_v, k, v, pads, *self.state)
+        start = self.given_up * PAGE_TOKENS
+        return SequenceView(self.runs, self.folded - start, self.sinks_k, self.sinks_v, k, v, pads, *self.state, start)
 
     @property
     def runs(self) -> Runs:
@@ -111,11 +116,14 @@ class LayerSequence:
         """Fold the pages that appending k, v completes. Changes nothing yet: follow with `commit` or `discard`."""
         target = self.engine.spec.folded_tokens(self.length + k.shape[1])
         if target <= self.folded:
-            return Staged(len(self.pages), [], self.state)
+            return Staged(len(self.pages), [], self.state, self.given_up)
         state = self.state if self.folded else self._freeze(k, v, target)
-        keep, new = len(self.pages), list[int]()
+        keep, new, first = len(self.pages), list[int](), self.given_up
         try:
             at = self.folded
+            if (needed := min(self._first_page(self.length + k.shape[1]), target // PAGE_TOKENS)) * PAGE_TOKENS > at:
+                # A call longer than the reach: what is out of sight when it ends is not folded at all.
+                keep, first, at = 0, needed, needed * PAGE_TOKENS
             if at % PAGE_TOKENS:
                 # The last page was trimmed: a copy of it (forks may share it) keeps its head and gets a new tail.
                 keep -= 1
@@ -136,7 +144,12 @@ class LayerSequence:
         except BaseException:
             self.pool.abandon(new)
             raise
-        return Staged(keep, new, state)
+        return Staged(keep, new, state, first)
+
+    def _first_page(self, length: int) -> int:
+        """The first page that a query may still read at this length, or after a trim inside the exact part."""
+        reach = self.engine.shape.variant.reach
+        return 0 if reach is None else reach.first(max(0, length - self.ring)) // PAGE_TOKENS
 
     def commit(self, staged: Staged, k: Tensor, v: Tensor) -> None:
         """Make the append that was staged. Copies into memory that exists, so it cannot fail."""
@@ -159,6 +172,11 @@ class LayerSequence:
         self.length = total
         self.folded = max(self.folded, self.engine.spec.folded_tokens(total))
         self.exact_start = max(self.exact_start, total - self.ring)
+        self.given_up = staged.first
+        while self.pages and self.given_up < min(self._first_page(total), self.folded // PAGE_TOKENS):
+            self.pool.release(self.pages.pop(0))
+            self.given_up += 1
+            self._runs = None
 
     def advance(self) -> None:
         """Count a token that a kernel has put into the ring. Folds nothing: see `due`."""
@@ -201,6 +219,8 @@ class LayerSequence:
             raise CannotTrim(
                 f"cannot trim {tokens} of {self.length} tokens", "Trim between 0 and the sequence's length"
             )
+        if not self.can_trim(tokens):
+            raise CannotTrim("tokens before the window were given up", "Continue from a fork made before those tokens")
         spec = self.engine.spec
         if length < self.folded:
             self.folded = self.exact_start = length
@@ -212,12 +232,17 @@ class LayerSequence:
             self.ring_k[:, :n], self.ring_v[:, :n] = self.sinks_k[:, :n], self.sinks_v[:, :n]
             self.folded = self.exact_start = 0
             self.state = (None, None)
-        while (len(self.pages) - 1) * PAGE_TOKENS >= self.folded and self.pages:
+        while (self.given_up + len(self.pages) - 1) * PAGE_TOKENS >= self.folded and self.pages:
             self.pool.release(self.pages.pop())
             self._runs = None
         self.unchanged = min(self.unchanged, len(self.pages))
         self.changes += 1
         self.length = length
+
+    def can_trim(self, tokens: int) -> bool:
+        """Whether what the next query would read is still there without the newest `tokens`."""
+        reach = self.engine.shape.variant.reach
+        return reach is None or reach.first(max(0, self.length - tokens)) >= self.given_up * PAGE_TOKENS
 
     def mark(self) -> None:
         """Count pages as unchanged from here on."""
@@ -249,16 +274,25 @@ class LayerSequence:
         for slots, tokens in self._spans(self.exact_start, self.length):
             self.ring_k[:, slots], self.ring_v[:, slots] = k[:, tokens], v[:, tokens]
 
-    def restore(self, pages: list[int], length: int, folded: int, exact: tuple[Tensor, Tensor], state: State) -> None:
+    def restore(
+        self,
+        pages: list[int],
+        length: int,
+        folded: int,
+        exact: tuple[Tensor, Tensor],
+        state: State,
+        given_up: int = 0,
+    ) -> None:
         """Make an empty sequence one of `length` tokens, of which `folded` lie in `pages`, whose references it takes over.
 
-        exact: the newest tokens [H, n, D], at least those not folded. Sinks are set apart (`sinks_k`, `sinks_v`).
+        given_up: pages before those. exact: the newest tokens [H, n, D], at least those not folded. Sinks are set apart
+        (`sinks_k`, `sinks_v`).
         """
         self.pages[:] = pages
         self._runs = None
         self.changes += 1
         self.length, self.folded, self.exact_start = length, folded, length - exact[0].shape[1]
-        self.state = state
+        self.state, self.given_up = state, given_up
         self._set_ring(*exact)
 
     def detached(self, where: dict[int, int]) -> dict[str, Any]:

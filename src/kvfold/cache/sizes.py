@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import mmap
 
-from kvfold.config import CacheSpec
+from kvfold.codec.fields import state_bytes
+from kvfold.config import PAGE_TOKENS, CacheSpec
+from kvfold.engine.variant import Reach
 
 # A slab holds 1/64 of the pages there are, so free space stays within about 2 % of the pages in use.
 SLACK = 64
@@ -55,3 +57,28 @@ def _row_bytes(page_bytes: int, on_cpu: bool) -> int:
 def exact_bytes(spec: CacheSpec, kv_heads: int, values: int, dtype_bytes: int) -> int:
     """Ring and sinks of one sequence in one layer; values: numbers per token and KV head, keys and values together."""
     return (spec.ring_tokens() + spec.sinks) * kv_heads * values * dtype_bytes
+
+
+def window_pages(spec: CacheSpec, reach: Reach, tokens: int) -> int:
+    """Pages that a sequence of a layer with a reach holds at a length: what queries may read, or could after a trim inside the
+    exact part."""
+    pages = spec.folded_tokens(tokens) // PAGE_TOKENS
+    return pages - min(reach.first(max(0, tokens - spec.ring_tokens())) // PAGE_TOKENS, pages)
+
+
+def window_bytes(spec: CacheSpec, reach: Reach, tokens: int, page_bytes: int, on_cpu: bool) -> int:
+    """Pages and their table of a folded layer with a reach; spec: the layer's own. Every page is a slab of its own."""
+    return window_pages(spec, reach, tokens) * (mapped(page_bytes, on_cpu) + TABLE_ENTRY_BYTES)
+
+
+@functools.cache
+def folds_smaller(
+    spec: CacheSpec, reach: Reach, page_bytes: int, kv_heads: int, dims: tuple[int, int], dtype_bytes: int
+) -> bool:
+    """Whether a layer with a reach takes less folded, in memory of the CPU, than as the exact tokens that it reads, at any length
+    from where it is full; spec: the layer's own; dims: of keys and of values."""
+    full = range(2 * reach.tokens, 3 * reach.tokens + PAGE_TOKENS, PAGE_TOKENS // 2)
+    most = max(window_bytes(spec, reach, n, page_bytes, on_cpu=True) for n in full)
+    frozen = sum(state_bytes(side, kv_heads, dim) for side, dim in zip((spec.key, spec.value), dims, strict=True))
+    exact = kv_heads * sum(dims) * dtype_bytes
+    return most + frozen + spec.ring_tokens() * exact < reach.tokens * exact

@@ -78,6 +78,7 @@ def eval_(
     centre: Annotated[bool | None, typer.Option("--centre/--no-centre", help="Subtract the mean key.")] = None,
     scale: Annotated[str | None, typer.Option(help="norm, unbiased, least-squares or match, for both sides.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the rotations.")] = None,
+    states: Annotated[str | None, typer.Option(help="Recurrent states of hybrids: exact, or int8.")] = None,
     baseline: Annotated[
         str | None,
         typer.Option(help="Other caches to measure too, such as hf-quanto-4,kivi-2,rotated-q4,turboquant-3."),
@@ -116,6 +117,7 @@ def eval_(
         centre=centre,
         scale=scale,
         seed=seed,
+        states=states,
     )
     limits = stated(load_profile(profile)) if gate else None
     asked = named(legs.split(",")) if legs else []

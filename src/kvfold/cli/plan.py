@@ -30,6 +30,9 @@ def plan(
     ] = None,
     fits: Annotated[str | None, typer.Option(help="Answer whether it fits into this much, and what binds.")] = None,
     weights_bits: Annotated[float | None, typer.Option(help="Bits per weight instead of those of the files.")] = None,
+    states: Annotated[
+        str | None, typer.Option(help="Recurrent states: exact, or int8; default: the profile's.")
+    ] = None,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one prefill call.")] = 2048,
     dtype: Annotated[str | None, typer.Option(help="Model dtype instead of the config's.")] = None,
     device: common.Device = None,
@@ -50,7 +53,7 @@ def plan(
 
     def of(name: str) -> dict[str, Any]:
         setting = Setting(
-            spec=load(name).spec,
+            spec=load(name).spec.with_overrides(states=states),
             context=tokens,
             sessions=sessions,
             weights_bytes=_weights(described, weights_bits, DTYPES.get(dtype or "")),

@@ -195,9 +195,9 @@ class TorchEngine:
         online = _Online(heads, rows.shape[1], self.weighed if view.runs else dim, q.device)
         online.softcap = call.softcap
         past = view.folded + view.recent_k.shape[1]
-        if self.shape.variant.window is not None:
-            reach = torch.arange(past, past + new, device=q.device) - self.shape.variant.window
-            online.hidden_to = reach.repeat_interleave(groups)
+        if (reach := self.shape.variant.reach) is not None:
+            online.hidden_to = torch.tensor([view.hidden(reach, i) - 1 for i in range(new)], device=q.device)
+            online.hidden_to = online.hidden_to.repeat_interleave(groups)
         if view.runs:
             self._pages(online, rows, view)
         sinks = self.spec.sinks if view.folded else 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvfold.engine.variant import PLAIN, Variant
+from kvfold.engine.variant import PLAIN, Reach, Variant
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class SequenceView:
     partly valid after a trim). sinks_k, sinks_v: [H, S, D], read in place of tokens 0..S-1 of page 0.
     recent_k, recent_v: [H, length - folded, D], exact. pads: how many of the call's tokens are left padding,
     always fewer than it has.
-    state_k, state_v: what the codecs froze for this sequence.
+    state_k, state_v: what the codecs froze for this sequence. start: tokens before the first page, given up in layers with
+    a reach; `folded` counts from there.
     """
 
     runs: list[Tensor]
@@ -68,6 +69,11 @@ class SequenceView:
     pads: int
     state_k: Tensor | None
     state_v: Tensor | None
+    start: int = 0
+
+    def hidden(self, reach: Reach, query: int) -> int:
+        """How many tokens from `start` on the call's query number `query` does not read; pads are not counted."""
+        return max(0, reach.first(self.start + self.folded + self.recent_k.shape[1] + query) - self.start)
 
 
 @dataclass(frozen=True)

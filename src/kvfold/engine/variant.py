@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WINDOW = "a sliding window"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back a query reads: the newest `tokens` tokens, its own included; chunked: back to the last multiple of it."""
+
+    tokens: int
+    chunked: bool = False
+
+    def first(self, query: int) -> int:
+        """The first token that the query of token `query` reads."""
+        return query // self.tokens * self.tokens if self.chunked else max(0, query - self.tokens + 1)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -12,14 +26,14 @@ class Variant:
     softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118); None: they stay. sink_logits: the
     softmax of each query head has one more logit, learned and without a value (gpt-oss, arXiv 2508.10925). latent: of
     multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): what is kept as keys is the latent, which is the value, too;
-    what is kept as values is the rotary part of the key. Queries are absorbed: in the width of both. window: a token at position
-    t reads tokens t - window + 1 to t; the exact first tokens are no exception.
+    what is kept as values is the rotary part of the key. Queries are absorbed: in the width of both. reach: of a sliding or
+    chunked layer, where the exact first tokens are no exception; None: queries read everything.
     """
 
     softcap: float | None = None
     sink_logits: bool = False
     latent: bool = False
-    window: int | None = None
+    reach: Reach | None = None
 
     @property
     def names(self) -> list[str]:
@@ -28,7 +42,7 @@ class Variant:
             "softcapped scores": self.softcap,
             "sink logits": self.sink_logits,
             "latent keys": self.latent,
-            "a sliding window": self.window,
+            WINDOW: self.reach,
         }
         return [name for name, wanted in asked.items() if wanted]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from kvfold.engine.variant import Variant
+from kvfold.engine.variant import Reach, Variant
 from kvfold.errors import UnsupportedModel
 from kvfold.planner.model import Attention, Layer, Model
 from kvfold.planner.states import conv_state, linear_width, running_state
@@ -169,13 +170,13 @@ def _layer(text: Config, kind: str, i: int, heads: int, hidden: int) -> Layer:
         width = int(text["kv_lora_rank"]), int(text["qk_rope_head_dim"])
         return Layer(kind, Attention(1, *width, variant=variant_of(text, slides=False)))
     slides = kind in ("sliding", "chunked", "hybrid_sliding")
-    attention = _attention(text, i, heads, hidden, slides)
+    attention = _attention(text, i, heads, hidden, slides, chunked=kind == "chunked")
     if kind in ("hybrid", "hybrid_sliding"):
         return Layer(kind, attention, running_state(text, hidden))
     return Layer(kind, attention)
 
 
-def _attention(text: Config, i: int, heads: int, hidden: int, slides: bool) -> Attention:
+def _attention(text: Config, i: int, heads: int, hidden: int, slides: bool, chunked: bool) -> Attention:
     own = _overrides(text, i, slides)
     kv = own.get("num_key_value_heads") or text.get("num_key_value_heads") or text.get("num_kv_heads")
     if text.get("multi_query") and not text.get("new_decoder_architecture"):
@@ -183,8 +184,8 @@ def _attention(text: Config, i: int, heads: int, hidden: int, slides: bool) -> A
     dim = own.get("head_dim") or text.get("head_dim") or text.get("attention_head_dim") or hidden // heads
     value = own.get("v_head_dim") or text.get("v_head_dim") or dim
     window = own.get("sliding_window") or text.get("sliding_window") or text.get("attention_chunk_size")
-    reach = int(window) if slides and window else None
-    return Attention(int(kv or heads), int(dim), int(value), reach, variant=variant_of(text, slides))
+    reach = Reach(int(window), chunked) if slides and window else None
+    return Attention(int(kv or heads), int(dim), int(value), replace(variant_of(text, slides), reach=reach))
 
 
 def variant_of(text: Config, slides: bool) -> Variant:

@@ -13,19 +13,23 @@ FLOAT32_BYTES = 4
 class Attention:
     """Keys and values that one layer keeps for every token.
 
-    window: tokens a query reads, its own included, in sliding and chunked layers; None: all there are. variant: its softmax,
-    which decides what engine runs it; of latent attention, key_dim is the latent's and value_dim its rotary key's.
+    variant: its softmax and how far back it reads, which decide what engine runs it; of latent attention, key_dim is the latent's
+    and value_dim its rotary key's.
     """
 
     kv_heads: int
     key_dim: int
     value_dim: int
-    window: int | None = None
     variant: Variant = PLAIN
 
     @property
     def latent(self) -> bool:
         return self.variant.latent
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that are kept exactly in sliding and chunked layers, unless they fold; None: all there are."""
+        return self.variant.reach.tokens if self.variant.reach is not None else None
 
     @property
     def values(self) -> int:
@@ -35,11 +39,22 @@ class Attention:
 
 @dataclass(frozen=True)
 class State:
-    """Numbers that one layer keeps whatever the context. dtype_bytes: None means the model's own."""
+    """Numbers that one layer keeps whatever the context. dtype_bytes: None means the model's own. vector: numbers along the
+    last axis of what may be kept in 8-bit codes, which have a scale for each; 0: it may not."""
 
     name: str
     values: int
     dtype_bytes: int | None = None
+    vector: int = 0
+
+    def bytes_as(self, states: str, dtype_bytes: int) -> int:
+        """In memory, kept as `CacheSpec.states` says, in a model of this dtype."""
+        width = self.dtype_bytes or dtype_bytes
+        return (
+            self.values + self.values // self.vector * width
+            if states == "int8" and self.vector
+            else self.values * width
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from kvfold.planner.model import FLOAT32_BYTES, Attention
 
 def spec_of(spec: CacheSpec, attention: Attention) -> CacheSpec:
     """What a layer makes of a cache's spec."""
-    return spec.for_latents() if attention.latent else spec
+    if attention.latent:
+        return spec.for_latents()
+    return spec.for_windows() if attention.variant.reach is not None else spec
 
 
 @functools.cache

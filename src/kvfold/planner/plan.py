@@ -16,6 +16,7 @@ from kvfold.planner.workspace import workspace_bytes
 REFERENCE_BYTES = 2  # per value: what ratios are against
 WINDOW_TENSOR_BYTES = 8  # transformers keeps the length of a sliding window as a tensor, too
 FOLDING = ("full", "latent", "hybrid")
+SLIDING = ("sliding", "chunked")
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,29 @@ def attention_bytes(
     if not folds:
         beside = 0 if a.window is None else WINDOW_TENSOR_BYTES
         return min(tokens, a.window or tokens) * a.values * dtype_bytes + beside
-    spec = spec_of(spec, a)
+    spec, reach = spec_of(spec, a), a.variant.reach
     page_bytes, _ = page_of(spec, a, dtype_bytes, backend, device, layer)
     pages = spec.folded_tokens(tokens) // PAGE_TOKENS
-    pool = sizes.pool_bytes(pages, page_bytes, device == "cpu")
+    if reach is not None:
+        paged = sizes.window_bytes(spec, reach, tokens, page_bytes, device == "cpu")
+    else:
+        paged = sizes.pool_bytes(pages, page_bytes, device == "cpu") + sizes.TABLE_ENTRY_BYTES * pages
     exact = sizes.exact_bytes(spec, a.kv_heads, a.key_dim + a.value_dim, dtype_bytes)
     frozen = state_bytes(spec.key, a.kv_heads, a.key_dim) + state_bytes(spec.value, a.kv_heads, a.value_dim)
-    return pool + exact + sizes.TABLE_ENTRY_BYTES * pages + (frozen if pages else 0)
+    return paged + exact + (frozen if pages else 0)
+
+
+@functools.cache
+def windows_fold(model: Model, spec: CacheSpec, dtype_bytes: int, backend: str, device: str) -> bool:
+    """Whether sliding and chunked layers fold: as a cache decides it, by the first of them, for all."""
+    a = next((x.attention for x in model.layers if x.kind in SLIDING), None)
+    if a is None or a.variant.reach is None or device != "cpu" or TUNED in (spec.key.codec, spec.value.codec):
+        return False
+    if any(x.kind == "hybrid_sliding" for x in model.layers):
+        return False
+    page_bytes, _ = page_of(spec, a, dtype_bytes, backend, device)
+    dims = a.key_dim, a.value_dim
+    return sizes.folds_smaller(spec_of(spec, a), a.variant.reach, page_bytes, a.kv_heads, dims, dtype_bytes)
 
 
 def _row(model: Model, s: Setting, i: int, layer: Layer) -> dict[str, Any]:
@@ -60,14 +77,15 @@ def _row(model: Model, s: Setting, i: int, layer: Layer) -> dict[str, Any]:
         "reference_bytes": 0,
     }
     if (a := layer.attention) is not None:
-        row["folds"] = layer.kind in FOLDING
+        windows = layer.kind in SLIDING and windows_fold(model, s.spec, dtype_bytes, s.backend, s.device)
+        row["folds"] = layer.kind in FOLDING or windows
         tuned = i if TUNED in (s.spec.key.codec, s.spec.value.codec) else 0  # other layers of a shape are alike
         each = attention_bytes(s.spec, a, row["folds"], s.context, dtype_bytes, s.backend, s.device, tuned)
         row["bytes"] = s.sessions * each
         if row["folds"]:
             _, row["backend"] = page_of(s.spec, a, dtype_bytes, s.backend, s.device, tuned)
         row["reference_bytes"] = s.sessions * min(s.context, a.window or s.context) * a.values * REFERENCE_BYTES
-    row["state_bytes"] = s.sessions * sum(x.values * (x.dtype_bytes or dtype_bytes) for x in layer.states)
+    row["state_bytes"] = s.sessions * sum(x.bytes_as(s.spec.states, dtype_bytes) for x in layer.states)
     return row
 
 
@@ -76,6 +94,8 @@ def plan(model: Model, setting: Setting) -> dict[str, Any]:
     rows = [_row(model, setting, i, layer) for i, layer in enumerate(model.layers)]
     total = {k: sum(r[k] for r in rows) for k in ("bytes", "reference_bytes", "state_bytes")}
     engines = {r["backend"] for r in rows}
+    if any(r["folds"] and r["kind"] in SLIDING for r in rows):
+        engines.add("torch")  # by way of which prefill reads windows
     workspace = workspace_bytes(model, setting.prefill_tokens, setting.dtype_bytes or model.dtype_bytes, engines)
     common = total["state_bytes"] + setting.weights_bytes + workspace
     return {
@@ -85,7 +105,7 @@ def plan(model: Model, setting: Setting) -> dict[str, Any]:
         "folded_bytes": total["bytes"],
         "ratio": total["reference_bytes"] / total["bytes"],
         "state_bytes": total["state_bytes"],
-        "state_dtype": _state_dtype(model),
+        "state_dtype": _state_dtype(model, setting.spec.states),
         "weights_bytes": setting.weights_bytes,
         "workspace_bytes": workspace,
         "total_bytes": total["bytes"] + common,
@@ -94,7 +114,9 @@ def plan(model: Model, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _state_dtype(model: Model) -> str | None:
+def _state_dtype(model: Model, states: str) -> str | None:
     """What recurrent states are held in: transformers keeps them in float32 whatever the model's dtype."""
-    recurrent = any(x.name == "recurrent" for layer in model.layers for x in layer.states)
-    return "float32" if recurrent else None
+    recurrent = [x for layer in model.layers for x in layer.states if x.name == "recurrent"]
+    if not recurrent:
+        return None
+    return "int8" if states == "int8" and all(x.vector for x in recurrent) else "float32"

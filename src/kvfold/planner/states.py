@@ -52,14 +52,18 @@ def conv_state(text: Config, hidden: int) -> tuple[State, ...]:
     return (State("conv", hidden * _first(text, "conv_L_cache", default=3)),)
 
 
-def _states(conv: int, recurrent: int) -> tuple[State, ...]:
-    return State("conv", conv), State("recurrent", recurrent, FLOAT32_BYTES)
+def _states(conv: int, recurrent: int, vector: int = 0) -> tuple[State, ...]:
+    return State("conv", conv), State("recurrent", recurrent, FLOAT32_BYTES, vector)
 
 
 def _delta_net(text: Config) -> tuple[State, ...]:
     keys = text["linear_num_key_heads"] * text["linear_key_head_dim"]
     values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
-    return _states((2 * keys + values) * text["linear_conv_kernel_dim"], values * text["linear_key_head_dim"])
+    return _states(
+        (2 * keys + values) * text["linear_conv_kernel_dim"],
+        values * text["linear_key_head_dim"],
+        text["linear_value_head_dim"],
+    )
 
 
 def _kimi(text: Config) -> tuple[State, ...]:
@@ -67,7 +71,7 @@ def _kimi(text: Config) -> tuple[State, ...]:
     heads = _first(own, "num_heads") or _first(text, "linear_num_heads")
     dim = _first(own, "head_dim") or _first(text, "linear_head_dim")
     kernel = _first(own, "short_conv_kernel_size") or _first(text, "linear_conv_kernel_dim", default=4)
-    return _states(3 * heads * dim * kernel, heads * dim * dim)
+    return _states(3 * heads * dim * kernel, heads * dim * dim, dim)
 
 
 def _zaya(text: Config) -> tuple[State, ...]:

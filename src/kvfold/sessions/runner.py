@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvfold.adapters.hf_layers import FoldedWindowLayer, PagedLayer
 from kvfold.adapters.hf_state import tensors_of
-from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer, attach
+from kvfold.adapters.hf_transformers import FoldedCache, attach
+from kvfold.cache.sizes import TABLE_ENTRY_BYTES, mapped
 from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.sessions.fingerprint import fingerprint
 
@@ -59,12 +61,17 @@ class Runner:
 
     def _device(self, layer: Any) -> torch.device:
         """Where a layer's tensors are, once it has some."""
-        if isinstance(layer, FoldedLayer):
+        if isinstance(layer, PagedLayer):
             return layer.folded.shape[-1]
         return next((x.device for x in tensors_of(layer).values()), self.model.device)
 
     def _window_bytes(self, layer: Any) -> int:
-        """What a sliding window of one token grows to: it keeps the last call whole."""
+        """What a sliding window of one token grows to: it keeps the last call whole, folded or not."""
+        if isinstance(layer, FoldedWindowLayer):
+            pages = layer.most_pages + -(-self.call_tokens // PAGE_TOKENS)
+            return pages * (
+                mapped(layer.folded.pool.page_bytes, layer.folded.shape[-1].type == "cpu") + TABLE_ENTRY_BYTES
+            )
         window = getattr(layer, "sliding_window", None) or 0
         return sum(x.nbytes * (window + self.call_tokens) for x in tensors_of(layer).values()) if window else 0
 
@@ -79,7 +86,7 @@ class Runner:
                 self._first.reset()
                 self._built = True
             cache = self._first.fork()
-        for layer in cache.folded_layers:
+        for layer in cache.paged_layers:
             heads, dim, dtype, device = layer.folded.shape
             k, v = (torch.empty(1, heads, 0, d, dtype=dtype, device=device) for d in (dim, layer.folded.value_dim))
             layer.lazy_initialization(k, v)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -187,7 +188,15 @@ class CpuEngine:
         return out
 
     def attend(self, request: AttendRequest) -> Tensor:
-        """Softmax attention over pages, sinks, recent and new tokens: [B, H * G, Q, D] in the dtype of q."""
+        """Softmax attention over pages, sinks, recent and new tokens: [B, H * G, Q, D] in the dtype of q.
+
+        Kernels know of a reach in calls of one token, where it hides the same tokens from all rows; others go by way of torch.
+        """
+        reach = self.shape.variant.reach
+        if reach is not None:
+            if request.q.shape[2] > 1:
+                return self.canonical.attend(replace(request, rows=[self._canonical_view(x) for x in request.rows]))
+            request = replace(request, rows=[_read_by_one(x, x.hidden(reach, 0)) for x in request.rows])
         q, k, v = _dense(request.q), _dense(request.k), _dense(request.v)
         k, v = k.to(self.dtype), v.to(self.dtype)
         out = torch.empty(q.shape, dtype=q.dtype)
@@ -217,8 +226,30 @@ class CpuEngine:
         exact = [_dense(x.to(self.dtype)) for x in (view.recent_k, view.recent_v, view.sinks_k, view.sinks_v)]
         kept += [pages, exact]
         return library.Sequence(
-            pages.ctypes.data, view.folded, view.recent_k.shape[1], view.pads, *(_vectors(x, 0) for x in exact)
+            pages.ctypes.data,
+            view.folded,
+            view.recent_k.shape[1],
+            view.pads,
+            *(_vectors(x, 0) for x in exact),
+            skipped=-view.start,
         )
+
+    def _canonical_view(self, view: SequenceView) -> SequenceView:
+        return replace(view, runs=[torch.stack([self.to_canonical(row) for row in run]) for run in view.runs])
+
+
+def _read_by_one(view: SequenceView, hidden: int) -> SequenceView:
+    """What a single query reads that does not read the first `hidden` tokens. start: minus those of them in the first page."""
+    pages, beyond = hidden // PAGE_TOKENS, max(0, hidden - view.folded)
+    exact = view.recent_k[:, beyond:], view.recent_v[:, beyond:]
+    if beyond or hidden == view.folded:
+        return replace(view, runs=[], folded=0, recent_k=exact[0], recent_v=exact[1], start=0)
+    runs = []
+    for run in view.runs:
+        runs += [run[pages:]] if len(run) > pages else []
+        pages = max(0, pages - len(run))
+    cut = hidden // PAGE_TOKENS * PAGE_TOKENS
+    return replace(view, runs=runs, folded=view.folded - cut, start=cut - hidden)
 
 
 def page_addresses(runs: list[Tensor]) -> NDArray[np.uint64]:

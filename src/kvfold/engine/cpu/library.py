@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvfold.errors import InvalidConfig, NoImplementation
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LEVEL_VARIABLE = "KVFOLD_CPU_LEVEL"
 OK, UNSUPPORTED, NON_FINITE, NO_LEVEL, NO_MEMORY = range(5)
 SCALE_RULES = ("norm", "unbiased", "least-squares", "match")
@@ -87,6 +87,7 @@ class Sequence(Structure):
         ("sink_value", Vectors),
         ("recent_table", c_void_p),
         ("recent_block", c_int64),
+        ("skipped", c_int64),
     )
 
 

@@ -47,6 +47,8 @@ def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torc
         reasons.append(f"dtype {dtype} is not bfloat16, float16 or float32")
     if shape.variant.latent:
         reasons.append("no kernel for latent keys")
+    if shape.variant.reach is not None and shape.variant.reach.chunked:
+        reasons.append("no kernel for chunks")
     for side, s in (("key", spec.key), ("value", spec.value)):
         if s.bits not in CODECS.get(s.codec, ()):
             reasons.append(f"no kernel for {side} codec {s.codec!r} at {s.bits:g} bits")
@@ -129,7 +131,7 @@ class TritonEngine(TorchEngine):
             *self.shape.dims,
             self.spec.sinks,
             request.softcap or 0.0,
-            self.shape.variant.window or 0,
+            self.shape.variant.reach.tokens if self.shape.variant.reach is not None else 0,
         )
         if splits:
             plain = q.float() * request.scale
