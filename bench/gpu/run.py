@@ -19,7 +19,7 @@ from rows import Rows, shape_of
 from torch.nn.attention import SDPBackend
 
 from kvfold.bench import cuda_decode as cd
-from kvfold.bench.cuda_timing import copy_bandwidth
+from kvfold.bench.cuda_timing import copy_bandwidth, time_calls
 from kvfold.codebook.trellis import code
 from kvfold.engine.cuda.driver import compile_cubin
 from kvfold.engine.cuda.folding import parities_of
@@ -88,6 +88,27 @@ def decode(rows: Rows, shape: cd.Shape, formats: list[str], extras: bool) -> Non
                 )
             )
         print(f"  {fmt}: " + " | ".join(parts), flush=True)
+        del batches
+        torch.cuda.empty_cache()
+
+
+def logits(rows: Rows, shape: cd.Shape, formats: list[str]) -> None:
+    """Scores alone: packed keys against float32 ones (and bfloat16), torch's matrix product in full precision."""
+    times = {}
+    for name, dtype in (("fp32 matmul", torch.float32), ("bf16 matmul", torch.bfloat16)):
+        times[name] = time_calls(cd.exact_logits(shape, dtype))
+        rows.add(shape, name, times[name], shape.values // 2 * dtype.itemsize)
+        torch.cuda.empty_cache()
+    exact = times["fp32 matmul"].median
+    print(f"logits B{len(shape.lengths)} {max(shape.lengths)}: fp32 {exact:.1f} us", flush=True)
+    for fmt in formats:
+        e = cd.engine(fmt[0], fmt[-1], shape)
+        batches = cd.folded_batches(e, shape)
+        t = time_calls(cd.folded_logits(batches))
+        region = e.fragments.half_bytes - e.fragments.side["value"]  # keys and mean of half a page
+        nbytes = batches[0].slab.nbytes // e.fragments.head_bytes * 2 * region
+        rows.add(shape, "kvfold", t, nbytes, key=fmt[0], value=fmt[-1], ratio=f"{exact / t.median:.2f}")
+        print(f"  {fmt}: {t.median:.1f} us ({exact / t.median:.2f}x, {nbytes / t.median / 1e6:.2f} TB/s)", flush=True)
         del batches
         torch.cuda.empty_cache()
 
@@ -168,6 +189,10 @@ def main() -> None:
             except Exception:  # noqa: BLE001 a failed shape must not lose the others; the trace is printed
                 traceback.print_exc()
                 sys.stdout.flush()
+    if "logits" in parts:
+        rows = Rows(args.out, "gpu_logits.csv", copy)
+        for text in args.shapes.split(","):
+            logits(rows, shape_of(text), args.formats.split(","))
     if "fold" in parts:
         rows = Rows(args.out, "gpu_fold.csv", copy)
         for fmt, search, dim in (

@@ -46,6 +46,16 @@ def test_decode_fits(arch: str, dim: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_logits_fit(arch: str) -> None:
+    for dim, groups, key, value in ((64, 1, 17, 15), (128, 1, 4, 4), (128, 4, 1, 1), (256, 2, 3, 3)):
+        warps, slots = plan_rings(dim, (key, value), True, groups, shared_limit(CAPABILITY[arch]))
+        variant = (dim, key, value, 1, groups, warps, slots, int(CAPABILITY[arch] >= (9, 0)), 0, 4)
+        registers, spilled = resources("logits.cu", variant, arch)
+        assert registers * warps * 32 <= 65536, (variant, registers)
+        assert spilled == 0, (variant, spilled)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", ["fold.cu", "unfold.cu"])
 def test_fold_and_unfold_stay_in_registers(arch: str, name: str) -> None:
     for dim in (64, 128, 256):

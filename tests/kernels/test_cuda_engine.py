@@ -249,3 +249,34 @@ def test_graph_replay_reads_new_tables() -> None:
         on_gpu = TorchEngine(plain.spec, cuda.shape, torch.float32, DEVICE)
         want = on_gpu.attend(AttendRequest(q.float(), k.float(), v.float(), 0.09, [row]))
         assert float((out - want).norm() / want.norm()) < 2 * FLOOR[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("key", "value"), [("4", "4"), ("3", "u"), ("2", "4"), ("u", "3"), ("a", "b"), ("d", "4")])
+@pytest.mark.parametrize(("dim", "groups", "new"), [(64, 4, 1), (128, 1, 1), (256, 2, 3), (128, 7, 2)])
+@pytest.mark.parametrize("bulk", [True, False])
+def test_logits(key: str, value: str, dim: int, groups: int, new: int, bulk: bool) -> None:
+    """Scores over pages against those over unfolded keys; what a row does not have is minus infinity."""
+    for dtype, centre, sinks in ((torch.bfloat16, True, 4), (torch.float16, False, 70)):
+        cuda, _ = engines(spec_of(key, value, centre=centre, sinks=sinks), 2, dim, dtype, bulk)
+        rows = []
+        for folded in (3968, 0, 1000, 128):
+            pages = -(-folded // 128)
+            store = torch.full((max(1, pages), cuda.page_bytes), 0xA5, dtype=torch.uint8, device=DEVICE)
+            k, v = (vectors(pages, 2, 128, dim, dtype=dtype, offset=2.0).to(DEVICE) for _ in "kv")
+            order = torch.randperm(pages).tolist()
+            if pages:
+                cuda.fold(k, v, True, [store[s] for s in order])
+            exact = [torch.full((2, n, dim), float("nan"), dtype=dtype, device=DEVICE) for n in (sinks, sinks, 9, 9)]
+            rows.append(SequenceView([store[s : s + 1] for s in order], folded, *exact, 0, None, None))
+        q = vectors(len(rows), 2 * groups, new, dim, dtype=dtype).to(DEVICE)
+        out = cuda.logits(q, dim**-0.5, rows)
+        assert out.shape == (*q.shape[:3], 3968)
+        for b, row in enumerate(rows):
+            seen = slice(min(sinks, row.folded), row.folded)
+            hidden = torch.ones(3968, dtype=torch.bool, device=DEVICE)
+            hidden[seen] = False
+            assert (out[b][..., hidden] == float("-inf")).all()
+            if row.folded:
+                keys = cuda.unfold(torch.cat(row.runs))[0][:, seen].repeat_interleave(groups, 0)
+                want = q[b].double() @ keys.double().mT * dim**-0.5
+                assert float((out[b][..., seen] - want).norm() / want.norm()) < 1e-4

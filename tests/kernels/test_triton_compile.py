@@ -38,7 +38,7 @@ def test_kernels_fit(arch: str) -> None:
         )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 2 * len(CASES)
+    assert len(found) == 2 * len(CASES) + 1  # and the search of a trellis code
     for kernel in found:
         print(kernel)
         assert kernel["shared"] <= SHARED[arch], kernel
@@ -60,15 +60,16 @@ def spilled(binary: Any) -> int:
 
 
 def compile_case(arch: str, codec: str, bits: float, dim: int, tile: int, dtype: str) -> list[Any]:
-    """Both kernels of a layer with 8 KV heads and groups of 4, softcapped, with a window and sink logits."""
+    """The kernels of a layer with 8 KV heads and groups of 4, softcapped, with a window and sink logits."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from kvfold.codebook.trellis import code
     from kvfold.config import CacheSpec, SideSpec
     from kvfold.engine.request import LayerShape
-    from kvfold.engine.triton import engine, kernels
+    from kvfold.engine.triton import OPTIONS, engine, kernels, viterbi
 
     side = SideSpec(codec, bits)
     engine.DEVICES = ("cpu",)
@@ -87,9 +88,14 @@ def compile_case(arch: str, codec: str, bits: float, dim: int, tile: int, dtype:
         ),
         ASTSource(kernels.finish, finish | {"CALL": "constexpr", "DOT": "constexpr"}, {"CALL": call, "DOT": dot}),
     ]
+    if codec == "trellis":
+        search = {"inputs": "*i32", "levels": "*i32", "back": "*u8", "symbols": "*u8", "first": "*u8"}
+        search |= {"count": "i32", "start": "*i32", "CODE": "constexpr", "D": "constexpr", "N": "constexpr"}
+        numbers = viterbi.Search(code(bits), torch.device("cpu")).code
+        sources.append(ASTSource(viterbi.search, search, {"CODE": numbers, "D": dim, "N": viterbi.VECTORS}))
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
-    return [triton.compile(s, target=target, options=engine.OPTIONS) for s in sources]
+    return [triton.compile(s, target=target, options=OPTIONS) for s in sources]
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ import torch
 from test_attend import PRECISION, check, numbers, place, worst
 from torch import Tensor
 
+from kvfold.codebook.trellis import code
+from kvfold.codec.torch_trellis import viterbi
 from kvfold.config import CacheSpec, SideSpec
 from kvfold.dispatch import ENGINES, choose
 from kvfold.engine import select
@@ -127,3 +129,17 @@ def test_it_is_chosen_for_what_the_cuda_engine_does_not_take() -> None:
 def test_what_it_refuses(spec: CacheSpec, shape: LayerShape, reason: str) -> None:
     with pytest.raises(NoImplementation, match=reason):
         select.make_engine("triton", spec, shape, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["triton"])
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 2.5, 3, 3.5, 4])
+def test_the_search_of_trellis_codes(name: str, bits: float) -> None:
+    """The same symbols and states as the canonical search, with vectors that saturate the metrics among them."""
+    from kvfold.engine.triton.viterbi import Search
+
+    device, book = place(name)[0], code(bits)
+    x = (numbers((9, 32), 1) * float(book.gain)).round().clamp(-book.clip, book.clip).int()
+    x[0], x[1], x[2] = 0, book.clip, -book.clip
+    found = Search(book, device)(x.to(device), book)
+    for got, want in zip(found, viterbi(x, book), strict=True):
+        assert torch.equal(got.cpu(), want)

@@ -105,6 +105,15 @@ def test_odd_requests_are_errors_in_the_same_shape(served: Running) -> None:
         assert int(head.headers["content-length"]) > 0
 
 
+@pytest.mark.parametrize(
+    "asked", [{"n": True}, {"best_of": True}, {"echo": 0}, {"n": 0}, {"best_of": 2}, {"echo": True}]
+)
+def test_a_number_is_no_boolean(served: Running, asked: dict[str, Any]) -> None:
+    response = httpx.post(served.url + "/v1/completions", json={"model": DEMO, "prompt": "a", **asked})
+    assert refusal(response) == (400, "invalid_value")
+    assert response.json()["error"]["param"] == next(iter(asked))
+
+
 def test_what_has_several_shapes_is_told_by_its_own_name(served: Running) -> None:
     def told(path: str, **asked: Any) -> tuple[str, str]:
         response = httpx.post(served.url + path, json={"model": DEMO, **asked})

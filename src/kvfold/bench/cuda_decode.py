@@ -15,7 +15,7 @@ from kvfold.codebook import table
 from kvfold.codebook.trellis import code
 from kvfold.config import CacheSpec, SideSpec
 from kvfold.engine.cuda.arguments import sequence_words
-from kvfold.engine.cuda.engine import CudaEngine
+from kvfold.engine.cuda.engine import KEYS_ONLY, CudaEngine
 from kvfold.engine.cuda.fragments import UNIT
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
 
@@ -155,6 +155,32 @@ def sixteen_bit_calls(shape: Shape, backend: SDPBackend) -> list[Callable[[], Te
 
 def time_sixteen_bit(shape: Shape, backend: SDPBackend) -> Timing:
     return time_calls(sixteen_bit_calls(shape, backend))
+
+
+def folded_logits(batches: list[FoldedBatch]) -> list[Callable[[], None]]:
+    """Scores of one query per head over the pages alone, the calls of one measurement."""
+    e, shape = batches[0].e, batches[0].shape
+    variant = e.variant(shape.heads // shape.kv_heads, KEYS_ONLY)
+    tokens = max(e.spec.folded_tokens(n - 1) for n in shape.lengths)
+    out = torch.empty(len(shape.lengths), shape.heads, 1, tokens, dtype=torch.float32, device=e.device)
+
+    def score(x: FoldedBatch) -> None:
+        e.attend_rows(x.q, x.q, x.q, shape.dim**-0.5, x.sequences, out, variant, True)
+
+    return [functools.partial(score, batches[i % len(batches)]) for i in range(repeat(len(batches), batches[0].bytes))]
+
+
+def exact_logits(shape: Shape, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
+    """The same by a product with keys of `dtype` in equally long rows."""
+    b, n, h, d = len(shape.lengths), max(shape.lengths), shape.kv_heads, shape.dim
+    q = torch.randn(b, h, shape.heads // h, d, device="cuda", dtype=dtype)
+    out = torch.empty(b, h, shape.heads // h, n, device="cuda", dtype=dtype)
+    call_bytes = b * n * h * d * dtype.itemsize
+    keys = [torch.randn(b, h, n, d, device="cuda", dtype=dtype) for _ in range(rotations(call_bytes))]
+    return [
+        functools.partial(torch.matmul, q, keys[i % len(keys)].mT, out=out)
+        for i in range(repeat(len(keys), call_bytes))
+    ]
 
 
 def time_fold(e: CudaEngine, pages: int) -> Timing:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
+from kvfold.bench import on_cpu
 from kvfold.bench.case import Case
 from kvfold.bench.harness import as_dict, race
 from kvfold.errors import InvalidConfig
@@ -37,10 +36,10 @@ def run(
     """
     if op not in OPS:
         raise InvalidConfig(f"unknown operation {op!r}", f"Use one of: {', '.join(OPS)}")
-    if device not in ("cpu", "cuda"):
-        raise InvalidConfig(f"unknown device {device!r}", "Use 'cpu' or 'cuda'")
+    if device != "cpu":
+        raise InvalidConfig(f"no contenders on device {device!r}", "Use 'cpu'; bench/gpu/run.py times the CUDA engine")
     case = Case(op, context, query_heads, kv_heads, head_dim, key_bits, value_bits, codec, batch, threads, new_tokens)
-    field = importlib.import_module(f"kvfold.bench.on_{device}").Field(case, level)
+    field = on_cpu.Field(case, level)
     contenders = [field.contender(name) for name in ("kvfold", *(n for n in against if n != "kvfold"))]
     rows = race(contenders, rounds, clock, field.finish)
     shape = {k: getattr(case, k) for k in Case.__dataclass_fields__}

@@ -11,7 +11,7 @@ from kvfold.cli import common
 
 def bench(
     op: Annotated[str, typer.Argument(help="decode, prefill or fold.")],
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu; the CUDA engine is timed by bench/gpu/run.py.")] = "cpu",
     context: Annotated[str, typer.Option(help="Folded tokens, such as 32k.")] = "32k",
     query_heads: Annotated[int, typer.Option(min=1)] = 32,
     kv_heads: Annotated[int, typer.Option(min=1)] = 8,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from kvfold.serving.generation import MAX_STOP_CHARACTERS, MAX_STOPS, Generation
 from kvfold.sessions.disk import SESSION_NAME
@@ -17,6 +17,17 @@ TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
 # For parameters that exist elsewhere and have one value here.
 Only = Annotated[T | None, Field(description="Accepted with this value only.")]
 Ignored = Annotated[T | None, Field(description="Accepted, and without effect on a local server.")]
+
+
+def _boolean(x: Any) -> Any:
+    if not isinstance(x, bool):
+        raise ValueError("Input should be false")
+    return x
+
+
+# To Python 1 is True and 0 is False, and to Literal, too; to JSON they are not.
+One = Annotated[int, Field(ge=1, le=1)]
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
 
 
 class Body(BaseModel):
@@ -51,7 +62,7 @@ class SamplingBody(Body):
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on after an end token.")] = False
-    n: Only[Literal[1]] = None
+    n: Only[One] = None
     user: Ignored[str] = None
     session: Annotated[SessionName | None, Field(description="Keep prompt and answer in the session of this name.")] = (
         None
@@ -127,7 +138,7 @@ class ChatBody(SamplingBody):
     tool_choice: Only[Literal["none", "auto"]] = None
     modalities: Only[list[Literal["text"]]] = None
     parallel_tool_calls: Ignored[bool] = None
-    store: Only[Literal[False]] = None
+    store: Only[No] = None
     metadata: Ignored[dict[str, str]] = None
     service_tier: Only[Literal["auto", "default"]] = None
     prompt_cache_key: Ignored[str] = None
@@ -154,8 +165,8 @@ class CompletionBody(SamplingBody):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=1)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Only[Literal[False]] = None
-    best_of: Only[Literal[1]] = None
+    echo: Only[No] = None
+    best_of: Only[One] = None
     suffix: Only[Literal[""]] = None
 
     def as_generation(self) -> Generation:

@@ -33,6 +33,7 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_BATCH = 128  # kernels/ring.cuh
 COPY_MIN_CAPABILITY = (9, 0)  # bulk copies; below it cp.async
 MIN_CAPABILITY = (8, 0)
+KEYS_ONLY = 4  # mode of a kernel's variant: logits.cu
 
 
 def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -171,28 +172,46 @@ class CudaEngine:
         for b in range(0, len(request.rows), MAX_BATCH):
             rows = request.rows[b : b + MAX_BATCH]
             at = slice(b, b + len(rows))
-            words, keep = [], []
-            for r in rows:
-                recent_k, recent_v = (_aligned(x) for x in (r.recent_k, r.recent_v))
-                sinks = [x.contiguous() for x in (r.sinks_k, r.sinks_v)]
-                pages = self.addresses(r.runs)
-                keep += [recent_k, recent_v, *sinks, pages]
-                words.append(
-                    sequence_words(
-                        recent_k,
-                        recent_v,
-                        sinks[0],
-                        sinks[1],
-                        pages,
-                        r.folded + recent_k.shape[1],
-                        r.folded,
-                        r.pads,
-                        0,
-                        max(1, recent_k.shape[1]),
-                    )
+            table, _held = self.sequences(rows)
+            self.attend_rows(request.q[at], request.k[at], request.v[at], request.scale, table, out[at])
+        return out
+
+    def sequences(self, rows: list[SequenceView]) -> tuple[Tensor, list[Tensor]]:
+        """int64 [B, SEQUENCE_WORDS] on the device, and tensors it points to: hold them until the call is enqueued."""
+        words, keep = [], []
+        for r in rows:
+            recent_k, recent_v = (_aligned(x) for x in (r.recent_k, r.recent_v))
+            sinks = [x.contiguous() for x in (r.sinks_k, r.sinks_v)]
+            pages = self.addresses(r.runs)
+            keep += [recent_k, recent_v, *sinks, pages]
+            words.append(
+                sequence_words(
+                    recent_k,
+                    recent_v,
+                    sinks[0],
+                    sinks[1],
+                    pages,
+                    r.folded + recent_k.shape[1],
+                    r.folded,
+                    r.pads,
+                    0,
+                    max(1, recent_k.shape[1]),
                 )
-            table_ = torch.from_numpy(np.stack(words)).to(self.device)
-            self.attend_rows(request.q[at], request.k[at], request.v[at], request.scale, table_, out[at])
+            )
+        return torch.from_numpy(np.stack(words)).to(self.device), keep
+
+    def logits(self, q: Tensor, scale: float, rows: list[SequenceView]) -> Tensor:
+        """Scores of q [B, H * G, Q, D] over pages alone, float32 [B, H * G, Q, tokens of the most pages]: scale <q, key>.
+
+        -infinity where a row has no such token in its pages, and for sinks, whose keys are known exactly.
+        """
+        tokens = PAGE_TOKENS * max(sum(map(len, r.runs)) for r in rows)
+        out = torch.full((*q.shape[:3], tokens), float("-inf"), dtype=torch.float32, device=self.device)
+        variant = self.variant(q.shape[1] // self.shape.kv_heads * q.shape[2], KEYS_ONLY)
+        for b in range(0, len(rows), MAX_BATCH):
+            at = slice(b, b + MAX_BATCH)
+            table, _held = self.sequences(rows[at])
+            self.attend_rows(q[at], q[at], q[at], scale, table, out[at], variant)
         return out
 
     def unfold_tile(self, addresses: Tensor, k: Tensor, v: Tensor) -> None:
@@ -288,12 +307,16 @@ class CudaEngine:
         variant: tuple[int, ...] | None = None,
         dependent: bool = False,
     ) -> None:
-        """attend without building tables: sequences int64 [B, SEQUENCE_WORDS] on the device. Safe in a CUDA graph."""
+        """attend without building tables: sequences int64 [B, SEQUENCE_WORDS] on the device. Safe in a CUDA graph.
+
+        A variant of mode KEYS_ONLY writes logits instead: out float32 [B, H * G, Q, tokens]; k and v are not read.
+        """
         b, heads, new, _ = q.shape
         h = self.shape.kv_heads
         q, k, v = (_aligned(x) for x in (q, k, v))
         variant = variant or self.variant(heads // h * new)
-        kernel = driver.kernel("decode.cu", variant, self.capability, 4)
+        source = "logits.cu" if variant[-1] == KEYS_ONLY else "decode.cu"
+        kernel = driver.kernel(source, variant, self.capability, 4)
         _, partial, columns, threads = kernel.info
         tiles = -(-(heads // h) * new // columns)
         work, count = _workspace(self.device.index or 0, 2 * self._blocks * partial, b * h * tiles)

@@ -1,7 +1,7 @@
 """Attention over canonical pages with Triton kernels: GPUs and shapes that the CUDA engine does not take.
 
-Pages are those of the torch engine, which folds them. Attention is two launches: sums over parts of the pages, then everything
-else; see kernels.py.
+Pages are those of the torch engine, which folds them; the search of trellis codes is a kernel (viterbi.py). Attention is two
+launches: sums over parts of the pages, then everything else; see kernels.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kvfold.codec.torch_trellis import Trellis
 from kvfold.config import CacheSpec, SideSpec
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import AttendRequest, LayerShape, Runs, SequenceView
+from kvfold.engine.triton import OPTIONS
 from kvfold.errors import NoImplementation
 
 CODECS = {"mse": (1, 2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4)}
@@ -29,7 +30,6 @@ DEVICES = ("cuda", "xpu")  # ROCm's torch calls its devices cuda, too
 MULTIPLE, NARROW, MAX_DIM = 16, 128, 256
 TILES = (16, 32, 64)  # columns of a tile; the last up to head_dim 128
 WAVES = 2  # programs per multiprocessor that a call is split into
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 ZERO = 64  # codes.py: levels are stored above it
 
 
@@ -77,6 +77,11 @@ class TritonEngine(TorchEngine):
             raise NoImplementation.of("attention on folded pages", [("triton", reasons)])
         super().__init__(spec, shape, dtype, device)
         self.kernels: ModuleType = importlib.import_module("kvfold.engine.triton.kernels")
+        if device.type != "cpu":  # where the interpreter would be slower than torch
+            search = importlib.import_module("kvfold.engine.triton.viterbi").Search
+            for codec in (self.key, self.value):
+                if isinstance(codec, Trellis):
+                    codec.search = search(codec.book, device)
         heads, (dim, value_dim) = shape.kv_heads, shape.dims
         (key, key_book), (value, value_book) = (
             book_of(spec.key, self.key, dim),

@@ -189,37 +189,40 @@ template <class C> DI void trellis_value_products(State<C>& s, Ring<C>& ring, u3
     }
   }
 }
-// One chunk: its first `hidden` tokens (sinks) and those from `shown` on (a trimmed page) are masked.
-template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u32 q_rot, const float* column, int hidden, int shown, u32 tables, int lane) {
-  const int g = lane >> 2; float x[C::NG][8], fac[C::NG], f8[8], off[C::NG];
+// Scores of the next half page, in units of s.cs; its slot is released.
+template <class C> DI void half_scores(float (&x)[C::NG][8], const State<C>& s, Ring<C>& ring, const Levels& book, u32 q_rot, const float* column, u32 tables, int lane) {
+  const int g = lane >> 2; float f8[8], off[C::NG];
 #pragma unroll
   for (int n = 0; n < C::NG; n++) off[n] = 0;
-  {
-    u32 base = ring.wait(); int acc[C::NG][4][4];
-    uint4 sc;
-    if constexpr (is_trellis(C::KF)) {
-      sc = lds4(base + C::Reg::MEAN_BYTES + C::Reg::K_CODES + g * 16);
-      trellis_key_products<C>(acc, base + C::Reg::MEAN_BYTES, q_rot, sc, s, plan.P.key, tables, lane);
-      if constexpr (C::MEAN) mean_offset<C>(off, held_half(sc.y), base, q_rot + C::Q_BYTES, column, lane);
-    } else {
-      key_products<C>(acc, base + C::Reg::MEAN_BYTES, q_rot, s, plan.P.key, lane);
-      sc = lds4(base + C::Reg::MEAN_BYTES + C::Reg::K_CODES + g * 16);
-    }
-    if constexpr (C::MEAN && !is_trellis(C::KF)) {
-      const u32 signs = __ballot_sync(~0u, (lane & 2 ? sc.y : sc.x) << (lane & 1 ? 0 : 16) >> 31);
-      sc.x &= 0x7fff7fffu; sc.y &= 0x7fff7fffu;
-      mean_offset<C>(off, half_low(signs), base, q_rot + C::Q_BYTES, column, lane);
-    }
-    if constexpr (is_trellis(C::KF)) trellis_scales(f8, sc); else half8(f8, sc);
-    ring.release();
-#pragma unroll
-    for (int n = 0; n < C::NG; n++)
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        float k = C::KF == 1 ? f8[i] * (1.f / (1 << (i & 6))) : f8[i];                    // field j = i / 2 stands at 4^j
-        x[n][i] = fmaf((float)(acc[n][i >> 1][(i & 1) * 2] * 256 + acc[n][i >> 1][(i & 1) * 2 + 1]), k, off[n]);
-      }
+  u32 base = ring.wait(); int acc[C::NG][4][4];
+  uint4 sc;
+  if constexpr (is_trellis(C::KF)) {
+    sc = lds4(base + C::Reg::MEAN_BYTES + C::Reg::K_CODES + g * 16);
+    trellis_key_products<C>(acc, base + C::Reg::MEAN_BYTES, q_rot, sc, s, book, tables, lane);
+    if constexpr (C::MEAN) mean_offset<C>(off, held_half(sc.y), base, q_rot + C::Q_BYTES, column, lane);
+  } else {
+    key_products<C>(acc, base + C::Reg::MEAN_BYTES, q_rot, s, book, lane);
+    sc = lds4(base + C::Reg::MEAN_BYTES + C::Reg::K_CODES + g * 16);
   }
+  if constexpr (C::MEAN && !is_trellis(C::KF)) {
+    const u32 signs = __ballot_sync(~0u, (lane & 2 ? sc.y : sc.x) << (lane & 1 ? 0 : 16) >> 31);
+    sc.x &= 0x7fff7fffu; sc.y &= 0x7fff7fffu;
+    mean_offset<C>(off, half_low(signs), base, q_rot + C::Q_BYTES, column, lane);
+  }
+  if constexpr (is_trellis(C::KF)) trellis_scales(f8, sc); else half8(f8, sc);
+  ring.release();
+#pragma unroll
+  for (int n = 0; n < C::NG; n++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float k = C::KF == 1 ? f8[i] * (1.f / (1 << (i & 6))) : f8[i];                    // field j = i / 2 stands at 4^j
+      x[n][i] = fmaf((float)(acc[n][i >> 1][(i & 1) * 2] * 256 + acc[n][i >> 1][(i & 1) * 2 + 1]), k, off[n]);
+    }
+}
+// One chunk: its first `hidden` tokens (sinks) and those from `shown` on (a trimmed page) are masked.
+template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u32 q_rot, const float* column, int hidden, int shown, u32 tables, int lane) {
+  const int g = lane >> 2; float x[C::NG][8], fac[C::NG], f8[8];
+  half_scores<C>(x, s, ring, plan.P.key, q_rot, column, tables, lane);
   if (hidden > 0 || shown < 64) {
 #pragma unroll
     for (int n = 0; n < C::NG; n++)

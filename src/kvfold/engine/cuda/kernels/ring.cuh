@@ -19,10 +19,11 @@ struct Args {
 constexpr int MAX_BATCH = 128, EXACT_ITEM = 32;
 
 // One kernel variant. W warps, R ring slots per warp, NG groups of 4 query columns, BULK: cp.async.bulk, H16: float16 model.
-// MODE 0 real, 1 loads only, 2 arithmetic only (1 and 2 are for measuring: wrong results).
+// MODE 0 real, 1 loads only, 2 arithmetic only (1 and 2 are for measuring: wrong results), 4 keys of pages only (logits.cu).
 template <int D_, int KF_, int VF_, int MEAN_, int NG_, int W_, int R_, int BULK_, int H16_, int MODE_> struct Cfg {
   using Reg = Region<D_, KF_, VF_, MEAN_>;
   static constexpr int D = D_, KF = KF_, VF = VF_, MEAN = MEAN_, NG = NG_, W = W_, R = R_, BULK = BULK_, H16 = H16_, MODE = MODE_;
+  static constexpr bool KEYS = MODE == 4; static constexpr int SIDES = KEYS ? 1 : 2;          // of half a page, each a slot
   static constexpr int THREADS = W * 32, COLS = 4 * NG, KT = D / 32, MT = D / 16, EPL = D / 32, STRIDE = D + 4;
   static constexpr int SLOT = Reg::K_HALF > Reg::V_HALF ? Reg::K_HALF : Reg::V_HALF;
   static constexpr int PARTIAL = COLS * (D + 2);                     // floats of one partial result
@@ -72,7 +73,7 @@ DI int exact_tokens(const Args& P, int length, int folded, int pad) { return (fo
 template <class C> DI void make_plan(const Args& P, Plan& plan) {    // all threads; ends with a barrier
   for (int b = threadIdx.x; b < P.B; b += C::THREADS) {
     const Sequence& s = P.seq[b]; int folded = ldg_int(&s.folded), n = exact_tokens(P, ldg_int(&s.length), folded, ldg_int(&s.pad));
-    int e = n > 0 ? (n + EXACT_ITEM - 1) / EXACT_ITEM : 1;
+    int e = C::KEYS ? 0 : n > 0 ? (n + EXACT_ITEM - 1) / EXACT_ITEM : 1;
     plan.exact[b] = e; plan.first[b + 1] = (e + ((folded + 127) >> 7)) * P.H * P.tiles;
   }
   __syncthreads();
@@ -123,12 +124,12 @@ template <class C> struct Ring {
       if (half & 1) { a += Reg::K_HALF; bytes = Reg::V_HALF; } else bytes = Reg::K_HALF;
       if constexpr (C::BULK) { if ((threadIdx.x & 31) == 0) bulk_copy(dst, a, bytes, bars + slot * 8); }
       else for (u32 at = (threadIdx.x & 31) * 16; at < bytes; at += 512) async_copy16(dst + at, a + at);
-      if (++half == 4) { half = 0; mask &= mask - 1; }
+      if ((half += 2 / C::SIDES) == 4) { half = 0; mask &= mask - 1; }
     }
     if constexpr (!C::BULK) async_commit();
   }
   DI void advance() { if (++slot == C::R) { slot = 0; phase ^= 1; } }
-  DI void start(const Plan& plan) { for (int i = 0; i < C::R; i++) { if (i % 4 == 0) refill(plan); issue(); advance(); } slot = 0; phase = 0; }
+  DI void start(const Plan& plan) { for (int i = 0; i < C::R; i++) { if (i % (2 * C::SIDES) == 0) refill(plan); issue(); advance(); } slot = 0; phase = 0; }
   DI u32 wait() {                                                    // shared address of the current slot, once its bytes are there
     if constexpr (C::BULK) { if (C::MODE != 2 || phase == 0) barrier_wait(bars + slot * 8, phase); }
     else { async_wait<C::R - 1>(); __syncwarp(); }
