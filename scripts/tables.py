@@ -76,6 +76,8 @@ def eval_table() -> str:
         profile = "plain" if "--no-centre" in r["command"] else option(r, "profile", "balanced")
         if skip := option(r, "skip", ""):
             profile += f", {skip} windows on"
+        if states := option(r, "states", ""):
+            profile += f", states {states}"
         kld, change = float(r["kld_mean"]), 100 * float(r["perplexity_change"])
         body.append(
             [model, profile, f"{float(r['bits_per_value']):.3f}", f"{kld:.5f} ± {float(r['kld_se']):.5f}"]
