@@ -123,9 +123,9 @@ def levels(side: SideSpec, dim: int) -> list[list[int]]:
 
 
 def named(spec: CacheSpec) -> dict[str, Any]:
-    """The spec's fields; of sides without `basis`, which codec `tuned` alone has."""
+    """The spec's fields that a page depends on; of sides without `basis`, which codec `tuned` alone has."""
     sides = ("key", "value")
-    fields = asdict(spec)
+    fields = {k: v for k, v in asdict(spec).items() if k != "states"}
     return fields | {s: {k: v for k, v in fields[s].items() if k != "basis"} for s in sides}
 
 

@@ -144,15 +144,16 @@ def memory_table() -> str:
     return markdown(["prompt tokens", "stock cache (float32)", "folded", "of it beyond the folded bytes"], body)
 
 
-def cpu_runs(best: str) -> list[dict[str, Row]]:
+def cpu_runs(best: str, beside: str = "kvfold") -> list[dict[str, Row]]:
     """Interleaved runs of the newest commit in cpu.csv on machines whose best level is that one, rows by contender: only rows of
-    one run are compared."""
+    one run are compared. beside: a contender that the commit must have rows of."""
     machines = {r["machine"] for r in read("cpu") if r["level"] == best}
     others = {r["machine"] for r in read("cpu") if r["level"] in BEST_LEVELS[: BEST_LEVELS.index(best)]}
     rows = [r for r in read("cpu") if r["machine"] in machines - others]
+    newest = [r["commit"] for r in rows if r["contender"] == beside][-1]
     runs: list[dict[str, Row]] = []
     for r in rows:
-        if r["commit"] == rows[-1]["commit"]:
+        if r["commit"] == newest:
             if r["contender"] == "kvfold":  # the first of every run
                 runs.append({})
             runs[-1][r["contender"]] = r
@@ -200,7 +201,7 @@ def cpu_table(best: str) -> str:
 def fold_table() -> str:
     """Folds of the newest commit that ran beside the scalar encoder, on machines whose best level is avx512-vnni."""
     body = []
-    for run in cpu_runs("avx512-vnni"):
+    for run in cpu_runs("avx512-vnni", "scalar"):
         r, scalar = run["kvfold"], run.get("scalar")
         if scalar is None:
             continue

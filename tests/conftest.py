@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    # Before anything imports triton, as transformers and torchao do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHIPPED = "recall-llama-12m"
 # Tests of engines that live in environments of their own: `make test-vllm` runs these.

@@ -1,14 +1,10 @@
-"""Triton's interpreter for machines without a GPU. It must be asked for before triton is imported, by whomever."""
+"""Triton's interpreter for machines without a GPU (tests/conftest.py asks for it)."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

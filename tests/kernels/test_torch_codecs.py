@@ -87,7 +87,7 @@ def test_raw_pages_are_the_models_own_bytes(dtype: type) -> None:
 def encoded(spec: SideSpec, dim: int) -> tuple:
     """(torch codec, its state, x [2, H, 64, D], its fields)."""
     x = torch.from_numpy(vectors(dim, 2, HEADS, 64, dim))
-    codec = build(spec, SEED, LAYER, 1, range(HEADS), dim, torch.float32, CPU)
+    codec = build(spec, SEED, LAYER, 1, range(HEADS), dim, False, torch.float32, CPU)
     state = codec.freeze(x.transpose(0, 1).flatten(1, 2))
     return codec, state, x, codec.encode(x, state)
 
@@ -143,7 +143,7 @@ def test_the_basis_is_linear_and_decodes_what_the_reference_decodes(spec: SideSp
 
 
 def test_a_split_codec_without_channels_says_so() -> None:
-    codec = build(SideSpec("split", 2.5), SEED, LAYER, 0, range(HEADS), 64, torch.float32, CPU)
+    codec = build(SideSpec("split", 2.5), SEED, LAYER, 0, range(HEADS), 64, False, torch.float32, CPU)
     with pytest.raises(CacheMisuse, match="outlier channels"):
         codec.encode(torch.zeros(1, HEADS, 1, 64), None)
 
@@ -153,7 +153,7 @@ def test_a_split_codec_without_channels_says_so() -> None:
 )
 def test_head_dims_without_a_form_are_refused(codec: str, bits: float, dim: int) -> None:
     with pytest.raises(UnsupportedHeadDim, match=str(dim)):
-        build(SideSpec(codec, bits), SEED, LAYER, 0, range(HEADS), dim, torch.float32, CPU)
+        build(SideSpec(codec, bits), SEED, LAYER, 0, range(HEADS), dim, False, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e8])
