@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +47,8 @@ class TrellisFoldArgs(ctypes.Structure):
     )
 
 
-class ScalarFold:
-    """Both sides of pages by kernels/fold.cu."""
+class Fold:
+    """What a fold of one layer is made with."""
 
     def __init__(
         self, spec: CacheSpec, formats: tuple[int, int], signs: Tensor, nonfinite: Tensor, capability: tuple[int, int]
@@ -55,21 +56,28 @@ class ScalarFold:
         """signs [2, H, D] of keys and values; nonfinite int32 [1] becomes 1 if a vector has no finite scale."""
         self.spec, self.formats, self.capability = spec, formats, capability
         self.signs, self.nonfinite = signs, nonfinite
-        self.books = [book_of(s, signs.shape[-1]) for s in (spec.key, spec.value)]
+        self.sides = (spec.key, spec.value)
+
+
+class ScalarFold(Fold):
+    """Both sides of pages by kernels/fold.cu."""
+
+    def __init__(self, spec: CacheSpec, *rest: Any) -> None:
+        super().__init__(spec, *rest)
+        self.books = [book_of(s, self.signs.shape[-1]) for s in self.sides]
 
     def __call__(self, keys: Tensor, values: Tensor, first: bool, addresses: Tensor, dtype: int) -> None:
         """keys, values [P, H, 128, D], rows of whole 16 bytes; page p goes to addresses[p], int64 on the device."""
         _, heads, dim = self.signs.shape
         variant = (dim, *self.formats, int(self.spec.centre), dtype)
         kernel = driver.kernel("fold.cu", variant, self.capability, 1)
-        sides = (self.spec.key, self.spec.value)
         a = FoldArgs(
             *(x.data_ptr() for x in (keys, values, addresses, *self.signs, self.nonfinite)),
             *keys.stride()[:3],
             *values.stride()[:3],
             self.spec.sinks if first else 0,
-            *(SCALES.index(s.scale) for s in sides),
-            *(s.search for s in sides),
+            *(SCALES.index(s.scale) for s in self.sides),
+            *(s.search for s in self.sides),
             float(inverse_sqrt(dim)),
             *self.books,
         )
@@ -77,29 +85,25 @@ class ScalarFold:
         kernel.launch((len(keys), heads, 2), 256, stream, a)
 
 
-class TrellisFold:
+class TrellisFold(Fold):
     """Both sides of pages by kernels/fold_trellis.cu, one after the other; arguments as ScalarFold's."""
 
-    def __init__(
-        self, spec: CacheSpec, formats: tuple[int, int], signs: Tensor, nonfinite: Tensor, capability: tuple[int, int]
-    ) -> None:
-        self.spec, self.formats, self.capability = spec, formats, capability
-        self.signs, self.nonfinite = signs, nonfinite
-        self.codes = [code(s.bits) for s in (spec.key, spec.value)]
+    def __init__(self, spec: CacheSpec, *rest: Any) -> None:
+        super().__init__(spec, *rest)
+        device = self.signs.device
+        self.codes = [code(s.bits) for s in self.sides]
         self.window_levels = [
-            torch.from_numpy(np.concatenate([c.by_window[0], c.by_window[-1]]).astype(np.int8)).to(signs.device)
+            torch.from_numpy(np.concatenate([c.by_window[0], c.by_window[-1]]).astype(np.int8)).to(device)
             for c in self.codes
         ]
-        self.blocks = BLOCKS * torch.cuda.get_device_properties(signs.device).multi_processor_count
+        self.blocks = BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
 
     def __call__(self, keys: Tensor, values: Tensor, first: bool, addresses: Tensor, dtype: int) -> None:
         heads, dim = self.signs.shape[1:]
         stream = torch.cuda.current_stream(keys.device).cuda_stream
         blocks = min(self.blocks, len(keys) * heads)
         origins = torch.empty(blocks * 128 * dim * ORIGIN_BYTES, dtype=torch.uint8, device=keys.device)
-        for side, (x, s, c) in enumerate(
-            zip((keys, values), (self.spec.key, self.spec.value), self.codes, strict=True)
-        ):
+        for side, (x, s, c) in enumerate(zip((keys, values), self.sides, self.codes, strict=True)):
             shape = (dim, *self.formats, int(self.spec.centre), dtype, side)
             kernel = driver.kernel("fold_trellis.cu", (*shape, *parities_of(c)), self.capability, 1)
             pointers = (x, addresses, self.signs[side], self.nonfinite, origins, self.window_levels[side])
