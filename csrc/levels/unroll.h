@@ -4,8 +4,9 @@
 
 #include <utility>
 
-// For what keeps arrays in registers: compilers leave functions of a few hundred instructions alone if they are called twice.
-#if defined(__GNUC__)
+// For what keeps arrays in registers: compilers leave functions of a few hundred instructions alone if they are called twice. Not with
+// sanitizers, whose checks would make them a hundred times as long.
+#if defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
 #define KVF_INLINE inline __attribute__((always_inline))
 #define KVF_INLINE_LAMBDA __attribute__((always_inline))
 #else
