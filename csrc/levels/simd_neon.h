@@ -112,8 +112,9 @@ struct SimdNeon {
     vst1q_u8(p, vqtbl1q_u8(vreinterpretq_u8_s32(a), vld1q_u8(kTurn)));
   }
 
-  static void prefetch(const void* p) { __builtin_prefetch(p); }
-  static void prefetch_codes(const std::uint8_t* p) { __builtin_prefetch(p + kPrefetchBytes); }
+  static KVF_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+  static KVF_INLINE void prefetch_early(const void* p) { __builtin_prefetch(p, 0, 2); }
+  static KVF_INLINE void prefetch_codes(const std::uint8_t* p) { __builtin_prefetch(p + kPrefetchBytes); }
   static Codes load_codes(const std::uint8_t* p) { return vld1q_u8(p); }
   template <int Shift>
   static Codes shift(Codes a) {

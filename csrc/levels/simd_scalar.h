@@ -113,8 +113,9 @@ struct SimdScalar {
       for (int k = 0; k < 4; ++k) p[4 * i + k] = static_cast<std::uint8_t>(a.v[k] >> (8 * i));
   }
 
-  static void prefetch(const void*) {}
-  static void prefetch_codes(const std::uint8_t*) {}
+  static KVF_INLINE void prefetch(const void*) {}
+  static KVF_INLINE void prefetch_early(const void*) {}
+  static KVF_INLINE void prefetch_codes(const std::uint8_t*) {}
   static Codes load_codes(const std::uint8_t* p) {
     Codes out;
     std::memcpy(out.v, p, sizeof out.v);
