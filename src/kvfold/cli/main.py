@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> Any:
         _fail("OutOfMemory", "there is not enough memory", "Use a shorter context or a smaller profile", as_json)
         code = EXIT_FAILED
     except BrokenPipeError:  # whoever read the output has seen enough
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         code = EXIT_FAILED
     except Exception as error:  # noqa: BLE001 - the process edge: report, show the trace, exit non-zero
         if isinstance(error, UsageErrors):
