@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import socket
+import struct
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,6 +148,15 @@ def _explain(source: str, error: Exception, options: Options) -> ModelError:
     return ModelError(f"{source} could not be loaded: {_first_line(error)}", "Check that its files are whole")
 
 
+def _broken() -> tuple[type[Exception], ...]:
+    """What transformers, and the libraries under it, raise for configs, weights and tokenizers that are not what they should be."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    usual = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError)
+    return (*usual, struct.error, StrictDataclassError, SafetensorError)
+
+
 def _first_line(error: Exception) -> str:
     """What an error of another library says, in one line; the reason of a config's field that it does not take."""
     lines = [x.strip() for x in str(error).splitlines() if x.strip()] or [type(error).__name__]
@@ -219,7 +229,7 @@ def _known(content: dict[str, Any], source: str) -> Any:
 
     try:
         return CONFIG_MAPPING[content["model_type"]].from_dict(content)
-    except Exception as error:
+    except _broken() as error:
         raise UnsupportedModel(
             f"transformers does not take the config of {source}: {_first_line(error)}",
             "Compare it with the config.json that was published with the model",
@@ -342,9 +352,9 @@ def _load(source: str, options: Options, weights: bool) -> Loaded:
                 if local or options.offline or not _hub_answers():
                     raise
                 return attempt(local_only=False)
-        except (KvfoldError, MemoryError):
+        except KvfoldError:
             raise
-        except Exception as error:  # whatever transformers and the libraries under it make of broken files
+        except _broken() as error:
             raise _explain(source, error, options) from error
 
 
