@@ -9,8 +9,6 @@ import difflib
 import json
 import os
 import socket
-import struct
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,13 +17,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from kvfold.broken import explained, first_line, raised
 from kvfold.errors import (
     InvalidConfig,
     KvfoldError,
     MissingExtra,
     ModelError,
     ModelNotFound,
-    NeedsRemoteCode,
     UnsupportedModel,
 )
 from kvfold.planner import gguf
@@ -109,66 +107,6 @@ def _resolve(source: str) -> tuple[str, dict[str, str]]:
     return source, {}
 
 
-def _explain(source: str, error: Exception, options: Options) -> ModelError:
-    text = str(error)
-    low = text.lower()
-    if "trust_remote_code" in low:
-        return NeedsRemoteCode(
-            f"{source} needs code from its own repository", "Read that code, then pass --trust-remote-code"
-        )
-    if "gated" in low or "401" in low or "403" in low:
-        return ModelNotFound(f"{source} is gated or private", "Accept its licence on the hub and run: hf auth login")
-    if "does not recognize this architecture" in low or "model type" in low:
-        return UnsupportedModel(f"transformers does not know the architecture of {source}", "Upgrade transformers")
-    if "gguf" in low and isinstance(error, ImportError):
-        return ModelError(f"reading {source} needs the package 'gguf'", "Install it with: pip install 'kvfold[gguf]'")
-    if isinstance(error, ImportError):  # of a library that quantized its weights
-        return ModelError(
-            f"{source} needs a package that is not installed: {_first_line(error)}",
-            "Install it; torchao and bitsandbytes come with: pip install 'kvfold[quantized]'",
-        )
-    if isinstance(error, OSError):
-        if Path(source).exists():
-            return ModelError(f"{source} could not be read: {_first_line(error)}", "Check that the folder is complete")
-        where = "is not in the local cache" + (
-            "" if options.offline else ", and the hub did not have it or cannot be reached"
-        )
-        return ModelNotFound(
-            f"{source} {where}{_cached_names(source)}", "Check the spelling, or give a model folder or 'demo'"
-        )
-    if "ignore_mismatched_sizes" in low:
-        return ModelError(
-            f"the weights of {source} have other shapes than its config.json says", "Take both from one model"
-        )
-    if "backend tokenizer" in low or "tokenizer" in _raised_in(error):
-        return ModelError(
-            f"the tokenizer of {source} could not be loaded: {_first_line(error)}",
-            "Put the model's tokenizer.json and tokenizer_config.json beside its weights",
-        )
-    return ModelError(f"{source} could not be loaded: {_first_line(error)}", "Check that its files are whole")
-
-
-def _broken() -> tuple[type[Exception], ...]:
-    """What transformers, and the libraries under it, raise for configs, weights and tokenizers that are not what they should be."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    usual = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError)
-    return (*usual, struct.error, StrictDataclassError, SafetensorError)
-
-
-def _first_line(error: Exception) -> str:
-    """What an error of another library says, in one line; the reason of a config's field that it does not take."""
-    lines = [x.strip() for x in str(error).splitlines() if x.strip()] or [type(error).__name__]
-    return (lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]).rstrip(".")
-
-
-def _raised_in(error: Exception) -> str:
-    """File of the innermost frame that an error came through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).name if frames else ""
-
-
 def load_config(source: str, options: Options | None = None) -> Any:
     """The config alone, without weights; a config.json may be named itself. Raises ModelError subclasses with the cure."""
     path = Path(source).expanduser()
@@ -229,9 +167,9 @@ def _known(content: dict[str, Any], source: str) -> Any:
 
     try:
         return CONFIG_MAPPING[content["model_type"]].from_dict(content)
-    except _broken() as error:
+    except raised() as error:
         raise UnsupportedModel(
-            f"transformers does not take the config of {source}: {_first_line(error)}",
+            f"transformers does not take the config of {source}: {first_line(error)}",
             "Compare it with the config.json that was published with the model",
         ) from error
 
@@ -354,8 +292,8 @@ def _load(source: str, options: Options, weights: bool) -> Loaded:
                 return attempt(local_only=False)
         except KvfoldError:
             raise
-        except _broken() as error:
-            raise _explain(source, error, options) from error
+        except raised() as error:
+            raise explained(source, error, options.offline) from error
 
 
 def check_device(name: str) -> None:
@@ -366,7 +304,7 @@ def check_device(name: str) -> None:
         torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise InvalidConfig(
-            f"device {name!r} cannot be used here: {_first_line(error)}", "Leave it out for the CPU"
+            f"device {name!r} cannot be used here: {first_line(error)}", "Leave it out for the CPU"
         ) from error
 
 
@@ -389,17 +327,6 @@ def _hub_answers() -> bool:
     except OSError:
         return False
     return not constants.HF_HUB_OFFLINE
-
-
-def _cached_names(source: str) -> str:
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
-    there = (
-        [p.name.removeprefix("models--").replace("--", "/") for p in cache.glob("models--*")] if cache.is_dir() else []
-    )
-    close = difflib.get_close_matches(source, [*there, "demo"], n=3)
-    return f" (there is: {', '.join(close)})" if close else ""
 
 
 def _with_weights(

@@ -46,15 +46,7 @@ def plan(
     json: common.Json = False,
 ) -> None:
     """Bytes of a context by layer and kind, from the config alone: what fits, and what binds."""
-    if dtype is not None and dtype not in DTYPES:
-        raise InvalidConfig(f"unknown dtype {dtype!r}", f"Use one of: {', '.join(DTYPES)}")
-    if weights_bits is not None and not 0 < weights_bits <= MOST_BITS:
-        raise InvalidConfig(
-            f"there are no {weights_bits:g} bits per weight", "Give --weights-bits a number such as 4.5"
-        )
-    if device not in (None, "cpu"):
-        check_device(str(device))
-    common.check_output(plot, "--plot", common.PICTURES)
+    _check(dtype, weights_bits, device, plot)
     described = describe(model, Options(revision, trust_remote_code=trust_remote_code, offline=offline))
     budget = _budget(memory, fits)
     tokens = _context(context, described.model)
@@ -85,6 +77,19 @@ def plan(
         _show_comparison(rows, json)
     else:
         _show(of(profile), json, asked=fits is not None)
+
+
+def _check(dtype: str | None, weights_bits: float | None, device: str | None, plot: Path | None) -> None:
+    """Raise for options that cannot be, before anything is read."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidConfig(f"unknown dtype {dtype!r}", f"Use one of: {', '.join(DTYPES)}")
+    if weights_bits is not None and not 0 < weights_bits <= MOST_BITS:
+        raise InvalidConfig(
+            f"there are no {weights_bits:g} bits per weight", "Give --weights-bits a number such as 4.5"
+        )
+    if device not in (None, "cpu"):
+        check_device(str(device))
+    common.check_output(plot, "--plot", common.PICTURES)
 
 
 def _budget(memory: str | None, fits: str | None) -> int:
