@@ -102,8 +102,8 @@ class CudaEngine:
         # Into and out of the rotated basis by one product each: for thousands of queries cheaper than butterflies in torch.
         eye = torch.eye(dim, device=device).expand(shape.kv_heads, dim, dim)
         self._turns = (self.reference.key.project(eye, None), self.reference.value.lift(eye, None))
-        self._nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
-        self._fold = folder(spec, self.formats, self.signs, self._nonfinite, self.capability)
+        self.nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
+        self._fold = folder(spec, self.formats, self.signs, self.nonfinite, self.capability)
 
     # ---- what the cache asks of every engine
     def running(self) -> dict[str, object]:
@@ -133,15 +133,25 @@ class CudaEngine:
             return
         addresses = torch.tensor([row.data_ptr() for row in out], dtype=torch.int64).to(self.device)
         self.fold_to(keys, values, first, addresses)
-        if int(self._nonfinite):
-            self._nonfinite.zero_()
-            raise NonFiniteInput(
-                f"layer {self.shape.layer}: a key or value vector holds NaN or infinity, or is too long for a float16 scale",
-                "Check the model's activations, or use profile 'lossless'",
-            )
+        if int(self.nonfinite):
+            raise self.refuse_nonfinite()
+
+    def refuse_nonfinite(self) -> NonFiniteInput:
+        """What to raise when `nonfinite` is set, which this takes back."""
+        self.nonfinite.zero_()
+        return NonFiniteInput(
+            f"layer {self.shape.layer}: a key or value vector holds NaN or infinity, or is too long for a float16 scale",
+            "Check the model's activations, or use profile 'lossless'",
+        )
+
+    @property
+    def folds_on_its_own(self) -> bool:
+        """Whether kernels fold these codes, without the host: then there is `fold_to`."""
+        return self._fold is not None
 
     def fold_to(self, keys: Tensor, values: Tensor, first: bool, addresses: Tensor) -> None:
-        """fold without looking at the result: addresses int64 [P] on the device. Safe in a CUDA graph."""
+        """fold without looking at the result: addresses int64 [P] on the device; `nonfinite` int32 [1] becomes 1 where `fold`
+        raises. Safe in a CUDA graph."""
         if self._fold is None:
             raise NoImplementation("no kernel folds these two codes together", "Use `fold`")
         k, v = (_aligned(x.to(self.dtype)) for x in (keys, values))
