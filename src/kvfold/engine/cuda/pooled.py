@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvfold.engine.cuda.arguments import SEQUENCE_WORDS
 from kvfold.engine.cuda.engine import MAX_BATCH, CudaEngine
+from kvfold.engine.cuda.folding import not_finite
 from kvfold.engine.cuda.prefill import MIN_COLUMNS
 from kvfold.engine.pools import PooledCall, PooledFold, Pools
 from kvfold.engine.request import AttendRequest, Runs, SequenceView
@@ -103,23 +104,20 @@ def attend(
     for first, count, new in call.runs:
         if new * groups >= MIN_COLUMNS:
             for i in range(first, first + count):
-                _prefill(engine, pools, call, tables, i, q, k, v, scale, out)
+                some = slice(int(call.token_start[i]), int(call.token_start[i + 1]))
+                new_q, new_k, new_v = (x[some].transpose(0, 1)[None] for x in (q, k, v))
+                view = _view(engine, pools, call, tables, i)
+                out[some] = engine.attend(AttendRequest(new_q, new_k, new_v, scale, [view]))[0].transpose(0, 1)
 
 
-def _prefill(
-    engine: CudaEngine, pools: Pools, call: PooledCall, tables: Tables, i: int, q: Tensor, k: Tensor, v: Tensor,
-    scale: float, out: Tensor,
-) -> None:  # fmt: skip
-    """Sequence i, which has many new tokens."""
+def _view(engine: CudaEngine, pools: Pools, call: PooledCall, tables: Tables, i: int) -> SequenceView:
+    """Sequence i by itself."""
     runs = Runs()
     runs.table = tables.pages[int(call.page_start[i]) : int(call.page_start[i + 1])]
     blocks = call.recent_table[call.recent_start[i] : call.recent_start[i + 1]]
     sinks_k, sinks_v = pools.exact[int(call.sink_block[i]), :, : engine.spec.sinks].chunk(2, dim=-1)
     recent_k, recent_v = pools.tokens(blocks, int(call.recent[i]))
-    view = SequenceView(runs, int(call.folded[i]), sinks_k, sinks_v, recent_k, recent_v, 0, None, None)
-    new = slice(int(call.token_start[i]), int(call.token_start[i + 1]))
-    new_q, new_k, new_v = (x[new].transpose(0, 1)[None] for x in (q, k, v))
-    out[new] = engine.attend(AttendRequest(new_q, new_k, new_v, scale, [view]))[0].transpose(0, 1)
+    return SequenceView(runs, int(call.folded[i]), sinks_k, sinks_v, recent_k, recent_v, 0, None, None)
 
 
 def gather(pools: Pools, batch: Batch) -> None:
@@ -143,7 +141,7 @@ class Folding:
 
     def fold(self, folds: list[PooledFold], pools: Pools) -> None:
         """Begin. The tensors of `folds` are nobody else's."""
-        if not self.engine.folds_on_its_own:
+        if self.engine.folder is None:
             for f in folds:
                 self.engine.fold(f.keys, f.values, f.first, [pools.row(n) for n in f.numbers.tolist()])
             return
@@ -165,7 +163,8 @@ class Folding:
             self.pending = False
             self.done.synchronize()
             if int(self.bad):
-                raise self.engine.refuse_nonfinite()
+                self.engine.nonfinite.zero_()
+                raise not_finite(self.engine.shape.layer)
 
 
 def join() -> None:
