@@ -65,6 +65,17 @@ def test_sessions_are_caches_of_their_own() -> None:
     assert planned("llama", "balanced", PREFILL + STEPS, 3)["folded_bytes"] == sum(c.nbytes for c in caches)
 
 
+@pytest.mark.parametrize(
+    ("family", "profile"), [("llama", "balanced"), ("gemma3_text", "compact"), ("jamba", "extreme")]
+)
+@pytest.mark.parametrize("rows", [2, 5])
+def test_rows_of_a_batch_share_pools(family: str, profile: str, rows: int) -> None:
+    cache = grown(family, kvfold.FoldedCache(make(family).config, profile), rows, prefill=333)
+    setting = Setting(load(profile).spec, 335, rows=rows, dtype_bytes=4)
+    result = plan(read(complete(make(family).config)), setting)
+    assert result["folded_bytes"] + result["state_bytes"] == cache.nbytes
+
+
 @pytest.mark.parametrize("length", [0, 1, 127, 128, 64 + 128, 64 + 127])
 def test_lengths_around_a_page(length: int) -> None:
     cache = grown("llama", kvfold.FoldedCache(make("llama").config), prefill=max(1, length))
