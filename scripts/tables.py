@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 NEEDLE_PROFILES = ("balanced", "compact", "extreme")
+LONGEST_GRID = 32768  # tokens; beyond, one kind and profile
 BEST_LEVELS = ("amx", "avx512-vnni", "avx2")  # of the machines in cpu.csv, one table each
 Row = dict[str, str]
 
@@ -103,8 +105,8 @@ def tune_table() -> str:
     return markdown([*head, "same top token, %, plain / tuned"], body)
 
 
-def needle_table(by_kind: bool) -> str:
-    """A row per context and model, of each kind or of all together; all depths. Of cells recorded again, the newest commit's."""
+def needle_cells() -> dict[tuple[int, str, str, str], list[Row]]:
+    """Rows of all depths by context, model, kind and profile; of cells recorded again, the newest commit's."""
     cells: dict[tuple[int, str, str, str], list[Row]] = {}
     for r in read("needle"):
         profile = r.get("profile") or option(r, "profile", "balanced")
@@ -112,8 +114,13 @@ def needle_table(by_kind: bool) -> str:
         if known and known[-1]["commit"] != r["commit"]:
             known.clear()
         known.append(r)
+    return cells
+
+
+def needle_table(by_kind: bool) -> str:
+    """A row per context and model, of each kind or of all together."""
     grid: dict[tuple[int, str, str], dict[str, list[Row]]] = {}
-    for (context, model, kind, profile), rows in cells.items():
+    for (context, model, kind, profile), rows in needle_cells().items():
         grid.setdefault((context, model, kind if by_kind else ""), {}).setdefault(profile, []).extend(rows)
     body = []
     for (context, model, kind), of in sorted(grid.items()):
@@ -125,6 +132,21 @@ def needle_table(by_kind: bool) -> str:
     names = ["16-bit", *NEEDLE_PROFILES]
     head = ["context", "model", *(["kind"] if by_kind else []), *(f"{n}, found" for n in names)]
     return markdown([*head, *(f"{n}, NLL" for n in names)], body)
+
+
+def needle_loss_table() -> str:
+    """A row per model and profile: every answer up to LONGEST_GRID tokens, and the loss with its standard error."""
+    grid: dict[tuple[str, str], list[Row]] = {}
+    for (context, model, _, profile), rows in needle_cells().items():
+        if context <= LONGEST_GRID and profile in NEEDLE_PROFILES:
+            grid.setdefault((model, profile), []).extend(rows)
+    body = []
+    for (model, profile), rows in sorted(grid.items()):
+        lost = [float(r["answer_nll"]) - float(r["answer_nll_reference"]) for r in rows]
+        error = stdev(lost) / len(lost) ** 0.5
+        body.append([model, profile, _answers(rows, "_reference")[0], _answers(rows, "")[0]])
+        body[-1] += [f"{mean(lost):+.4f} ± {error:.4f}"]
+    return markdown(["model", "profile", "16-bit, found", "folded, found", "NLL lost"], body)
 
 
 def _answers(rows: list[Row], which: str) -> tuple[str, str]:
@@ -268,6 +290,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "legs": legs_table,
     "tune": tune_table,
     "needle": partial(needle_table, False),
+    "needle_loss": needle_loss_table,
     "needle_kinds": partial(needle_table, True),
     "demo": demo_table,
     "memory": memory_table,
