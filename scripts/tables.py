@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 NEEDLE_PROFILES = ("balanced", "compact", "extreme")
 LONGEST_GRID = 32768  # tokens; beyond, one kind and profile
+SCALAR = "turbo-3"  # the profile of scalar codes that levels are compared with
 BEST_LEVELS = ("amx", "avx512-vnni", "avx2")  # of the machines in cpu.csv, one table each
 Row = dict[str, str]
 
@@ -46,6 +47,8 @@ def baselines_table() -> str:
     """Fewest bits first, a column per model; the last row of each model and contender."""
     cells: dict[str, dict[str, Row]] = {}
     for r in read("baselines"):
+        if option(r, "profile", "balanced") == SCALAR:
+            continue
         name = r["baseline"] or f"kvfold {option(r, 'profile', 'balanced')}"
         cells.setdefault(name, {})[model_name(r)] = r
     body = []
@@ -57,6 +60,24 @@ def baselines_table() -> str:
         body.append([name, bits, *kld, top, f"{float(of[0]['exact_tokens_mean']):.0f}"])
     head = ["cache", "bits llama / biased / hybrid", "KLD llama", "biased", "hybrid"]
     return markdown([*head, "same top token, %", "exact tokens, mean"], body)
+
+
+def trellis_table() -> str:
+    """Levels beside the scalar profile of the same run, which is the first row of each command."""
+    body = []
+    runs: dict[str, list[Row]] = {}
+    for r in read("baselines"):
+        if option(r, "profile", "balanced") == SCALAR:
+            known = runs.setdefault(model_name(r), [])
+            if not r["baseline"]:
+                known.clear()
+            known.append(r)
+    for model, rows in runs.items():
+        for r in rows:
+            share = float(r["kld_mean"]) / float(rows[0]["kld_mean"])
+            body.append([model, r["baseline"] or SCALAR, f"{float(r['bits_per_value']):.3f}"])
+            body[-1] += [f"{float(r['kld_mean']):.5f} ± {float(r['kld_se']):.5f}", f"{share:.2f}"]
+    return markdown(["model", "profile", "bits", "KLD", f"of {SCALAR}'s"], body)
 
 
 def legs_table() -> str:
@@ -287,6 +308,7 @@ def plan_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "eval": eval_table,
     "baselines": baselines_table,
+    "trellis": trellis_table,
     "legs": legs_table,
     "tune": tune_table,
     "needle": partial(needle_table, False),
