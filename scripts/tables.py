@@ -88,9 +88,10 @@ def legs_table() -> str:
             [model_name(r), option(r, "profile", "balanced"), r["leg"], f"{int(r['tokens']):,}"]
             + [f"{float(r['kld_mean']):.5f}", f"{float(r['kld_max']):.3f}", f"{100 * float(r['top1_agreement']):.1f} %"]
             + [first, {"True": "yes", "False": "no"}.get(r["equal_to_fresh"], "-")]
+            + [" / ".join(f"{100 * float(r[f]):.1f} %" for f in ("accuracy_reference", "accuracy") if r.get(f)) or "-"]
         )
     head = ["model", "profile", "leg", "tokens", "KLD", "largest", "same top token", "first other choice"]
-    return markdown([*head, "equal to a fresh run"], body)
+    return markdown([*head, "equal to a fresh run", "copied, 16-bit / folded"], body)
 
 
 def eval_table() -> str:
