@@ -211,10 +211,12 @@ def _generating() -> tuple[Any, ...]:
 
 def check_decodes(config: Any, source: str = "this") -> None:
     """Raise UnsupportedModel for a transformers config of a model that writes no text, such as an encoder."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
     text = config.get_text_config(decoder=True)
     writes = any(type(x) in mapping for x in (config, text) for mapping in _generating())
-    encodes = getattr(text, "is_decoder", None) is False and not getattr(text, "is_encoder_decoder", False)
-    if not writes or encodes:
+    fills_in = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_encoder_decoder", False)
+    if not writes or (fills_in and not getattr(config, "is_decoder", False)):
         raise UnsupportedModel(
             f"{source} is a {config.model_type}, which writes no text as it is", "Give a language model that decodes"
         )
@@ -226,8 +228,11 @@ def _counted(config: Any) -> Weights | None:
 
     for mapping in _generating():
         if type(config) in mapping:
-            with torch.device("meta"):
-                model = mapping[type(config)](config)
+            try:
+                with torch.device("meta"):
+                    model = mapping[type(config)](config)
+            except raised():  # its towers may need packages that are not here
+                return None
             parameters = sum(p.numel() for p in model.parameters())
             return Weights(parameters * (config.dtype or torch.bfloat16).itemsize, parameters)
     return None

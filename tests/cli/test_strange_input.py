@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.families import FAMILIES, config
 
 from kvfold.cli.main import main
-from kvfold.loading import demo_folder, describe
+from kvfold.loading import check_decodes, demo_folder, describe
 
 SIDES = '[key]\ncodec = "mse"\nbits = 3\n[value]\ncodec = "mse"\nbits = 3\n'
 BALANCED = 'base = "balanced"\npurpose = "x"\n'
@@ -106,6 +107,11 @@ def test_files_that_describe_no_decoder(capsys, tmp_path, text):
     path.write_text(text)
     for verb in ("plan", "doctor"):
         assert fails(capsys, verb, str(path))["kind"] in ("ModelError", "UnsupportedModel")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_decodes(family):
+    check_decodes(config(family))
 
 
 def test_infinities_in_a_config(folder):

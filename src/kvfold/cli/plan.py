@@ -25,6 +25,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="Folder, config.json, GGUF file, hub id, or demo.")],
     context: Annotated[str, typer.Option(help="Tokens per session, such as 128k; default: the model's longest.")] = "",
     sessions: Annotated[int, typer.Option(min=1, help="Sessions at once, each with a cache of its own.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of each cache, read together.")] = 1,
     profile: common.ProfileName = "balanced",
     memory: Annotated[
         str | None, typer.Option(help="Memory to plan for, such as 24GiB; default: this machine's.")
@@ -64,6 +65,7 @@ def plan(
             backend=backend,
             device=device or "cpu",
             prefill_tokens=prefill_tokens,
+            rows=batch,
         )
         head = {"model": described.model.name, "profile": name, "weights_known": known}
         return {**head, **fitted(described.model, setting, budget)}
