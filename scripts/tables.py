@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+NEEDLE_PROFILES = ("balanced", "compact", "extreme")
 BEST_LEVELS = ("amx", "avx512-vnni", "avx2")  # of the machines in cpu.csv, one table each
 Row = dict[str, str]
 
@@ -102,24 +103,37 @@ def tune_table() -> str:
     return markdown([*head, "same top token, %, plain / tuned"], body)
 
 
-def needle_table() -> str:
-    """Model, profile, context and kind, all depths together; of cells recorded again, the newest commit's rows."""
-    cells: dict[tuple[str, str, int, str], list[Row]] = {}
+def needle_table(by_kind: bool) -> str:
+    """A row per context and model, of each kind or of all together; all depths. Of cells recorded again, the newest commit's."""
+    cells: dict[tuple[int, str, str, str], list[Row]] = {}
     for r in read("needle"):
-        key = (model_name(r), r.get("profile") or option(r, "profile", "balanced"), int(r["context"]), r["kind"])
-        known = cells.setdefault(key, [])
+        profile = r.get("profile") or option(r, "profile", "balanced")
+        known = cells.setdefault((int(r["context"]), model_name(r), r["kind"], profile), [])
         if known and known[-1]["commit"] != r["commit"]:
             known.clear()
         known.append(r)
+    grid: dict[tuple[int, str, str], dict[str, list[Row]]] = {}
+    for (context, model, kind, profile), rows in cells.items():
+        grid.setdefault((context, model, kind if by_kind else ""), {}).setdefault(profile, []).extend(rows)
     body = []
-    for (model, profile, context, kind), rows in sorted(cells.items(), key=lambda x: (x[0][2], *x[0])):
-        n = sum(int(r["trials"]) for r in rows)
-        hits = [round(sum(int(r["trials"]) * float(r[f]) for r in rows)) for f in ("recall_reference", "recall")]
-        nll = [sum(int(r["trials"]) * float(r[f]) for r in rows) / n for f in ("answer_nll_reference", "answer_nll")]
-        body.append([f"{context:,}", model, profile, kind, f"{hits[0]} / {n}", f"{hits[1]} / {n}"])
-        body[-1] += [f"{nll[0]:.4f}", f"{nll[1]:.4f}"]
-    head = ["context", "model", "profile", "kind", "16-bit", "folded"]
-    return markdown([*head, "answer NLL, 16-bit", "folded"], body)
+    for (context, model, kind), of in sorted(grid.items()):
+        recorded = [f"{r['date']} {r['commit']}" for rows in of.values() for r in rows]
+        newest = next(rows for rows in of.values() if f"{rows[-1]['date']} {rows[-1]['commit']}" == max(recorded))
+        each = [(newest, "_reference"), *((of.get(p, []), "") for p in NEEDLE_PROFILES)]
+        found, lost = zip(*(_answers(rows, which) for rows, which in each), strict=True)
+        body.append([f"{context:,}", model, *([kind] if by_kind else []), *found, *lost])
+    names = ["16-bit", *NEEDLE_PROFILES]
+    head = ["context", "model", *(["kind"] if by_kind else []), *(f"{n}, found" for n in names)]
+    return markdown([*head, *(f"{n}, NLL" for n in names)], body)
+
+
+def _answers(rows: list[Row], which: str) -> tuple[str, str]:
+    """(how many answers came back, their mean NLL); which: "" or "_reference"."""
+    n = sum(int(r["trials"]) for r in rows)
+    if not n:
+        return "-", "-"
+    hits = round(sum(int(r["trials"]) * float(r[f"recall{which}"]) for r in rows))
+    return f"{hits} / {n}", f"{sum(int(r['trials']) * float(r[f'answer_nll{which}']) for r in rows) / n:.4f}"
 
 
 def demo_table() -> str:
@@ -253,7 +267,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "baselines": baselines_table,
     "legs": legs_table,
     "tune": tune_table,
-    "needle": needle_table,
+    "needle": partial(needle_table, False),
+    "needle_kinds": partial(needle_table, True),
     "demo": demo_table,
     "memory": memory_table,
     "bench": bench_table,

@@ -31,6 +31,7 @@ from kvfold.adapters.hf_layers import (
     HybridWindowLayer,
     PagedLayer,
     eager,
+    last_readers,
     windows_of,
 )
 from kvfold.adapters.hf_state import tensor_bytes
@@ -87,9 +88,7 @@ class FoldedCache(Cache):
                     "Use states 'exact'",
                 )
             layers = [CodedStateLayer(x.number_of_states) if type(x) is LinearAttentionLayer else x for x in layers]
-        # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
-        counted = [i for i, x in enumerate(layers) if isinstance(x, CacheLayerMixin)]
-        self.guard = CallGuard(counted[-1] if counted else -1)
+        self.guard = CallGuard(-1)
         variant = variant_of(text.to_dict(), slides=False)
         own = self.spec.for_latents() if variant.latent else self.spec
         for i, layer in enumerate(layers):
@@ -100,7 +99,19 @@ class FoldedCache(Cache):
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         self.backend, self._softmax = backend, variant_of(text.to_dict(), slides=True)
         self._windows = windows_of(text, layers)  # until the first call decides whether they fold
+        self._last_readers = last_readers(text)
         super().__init__(layers=layers)
+        self._share()
+
+    def _share(self) -> None:
+        """Tell folded layers how many layers read them, and the guard which layer's storing ends a call."""
+        for i, (_, readers) in self._last_readers.items():
+            if isinstance(x := self.layers[i], PagedLayer):
+                x.readers = readers
+        # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
+        ends = {i: i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin)}
+        ends |= {i: last for i, (last, _) in self._last_readers.items() if isinstance(self.layers[i], PagedLayer)}
+        self.guard.last = max(ends, key=ends.__getitem__, default=-1)
 
     def _settle_windows(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Fold sliding and chunked layers if they take less folded: all of them or none, since they share a mask.
@@ -118,6 +129,7 @@ class FoldedCache(Cache):
             for i, reach in windows.items():
                 variant = replace(self._softmax, reach=reach)
                 self.layers[i] = FoldedWindowLayer(spec, i, self.backend, self.guard, variant)
+            self._share()
 
     @property
     def paged_layers(self) -> list[PagedLayer]:

@@ -114,13 +114,21 @@ class FoldedMetadata:
     query_start_loc: Tensor
     seq_lens: Tensor
     block_table: Tensor
+    longest: int
     step: Step | None = None
 
     def plan(self, geometry: Geometry, exact_table: Tensor) -> Step:
-        """Made by the first layer, used by all."""
+        """Made by the first layer, used by all. On a GPU this waits for the step before: block tables lie there."""
         if self.step is None:
             starts, lengths = (x.cpu().numpy().astype("int64") for x in (self.query_start_loc, self.seq_lens))
-            self.step = plan(geometry, starts, lengths, self.block_table.cpu().numpy(), exact_table.cpu().numpy())
+            tables = (
+                table[:, : -(-self.longest // tokens)].cpu().numpy()
+                for table, tokens in (
+                    (self.block_table, geometry.block_pages * PAGE_TOKENS),
+                    (exact_table, geometry.exact_tokens),
+                )
+            )
+            self.step = plan(geometry, starts, lengths, *tables)
         return self.step
 
 
@@ -138,7 +146,7 @@ class FoldedMetadataBuilder(AttentionMetadataBuilder[FoldedMetadata]):
             raise Unsupported(
                 "folded attention is causal", "Unset KVFOLD_PROFILE to run this model in vLLM's own cache"
             )
-        return FoldedMetadata(m.query_start_loc, m.seq_lens, m.block_table_tensor)
+        return FoldedMetadata(m.query_start_loc, m.seq_lens, m.block_table_tensor, m.max_seq_len)
 
 
 class FoldedCpuMetadataBuilder(FoldedMetadataBuilder):
