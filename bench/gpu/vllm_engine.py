@@ -76,7 +76,7 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
         max_num_seqs=given.batch,
         # Its later chunks of a prompt unpack all before them: whole prompts are what it reads fastest.
         max_num_batched_tokens=given.context if cache.startswith("turboquant") else given.chunk,
-        gpu_memory_utilization=0.3,
+        gpu_memory_utilization=0.02,
         kv_cache_memory_bytes=int(share * tokens * given.layers * layer_bytes) // workers + (256 << 20),
         tensor_parallel_size=workers,
         disable_custom_all_reduce=True,
