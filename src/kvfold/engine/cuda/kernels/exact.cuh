@@ -44,9 +44,9 @@ DI uint4 load4(const void* p) {
   uint4 v; asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v;
 }
 template <class C> __device__ __noinline__ void exact_item(State<C>& s, const unsigned char* sm, int item, int lane) {
-  const Args& P = *(const Args*)(sm + C::AT_ARGS); const Plan plan{(int*)(sm + C::AT_PLAN), (int*)(sm + C::AT_PLAN) + MAX_BATCH + 2, P};
+  const Args& P = *(const Args*)(sm + C::AT_ARGS); const Plan plan(const_cast<unsigned char*>(sm) + C::AT_PLAN, P);
   const Row row = plan.locate(item); const Exact<C> E(P, row.b, row.head);
-  const int g = lane >> 2, t = lane & 3, e0 = (item - row.first - row.items + row.exact) * EXACT_ITEM;
+  const int g = lane >> 2, t = lane & 3, e0 = (item - row.first - row.middle) * EXACT_ITEM;
   // One address per lane, passed round: code that runs once costs mostly its own fetching.
   const u64 key_row = (u64)E.at(e0 + lane, 0), value_row = (u64)E.at(e0 + lane, 1);
   uint4 key[2][2][C::KT], query[C::NG][C::KT];
