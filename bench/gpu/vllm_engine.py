@@ -31,6 +31,10 @@ LLAMA = {
     "rope_theta": 500000.0, "vocab_size": 32000, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
     "initializer_range": 0.02,
 }  # fmt: skip
+FIELDS = (
+    "date", "device", "torch", "vllm", "cache", "gpus", "layers", "batch", "context", "eager", "read_s", "step_ms",
+    "step_mean_ms", "step_p90_ms", "tokens_per_s", "cache_tokens", "times_fp8",
+)  # fmt: skip
 OWN = {"bf16": "auto"}  # vLLM's own caches that are not named after their --kv-cache-dtype
 FIXED = {
     "HF_HUB_OFFLINE": "1",
@@ -58,7 +62,8 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
     kv = {"kv_cache_dtype": "auto" if is_profile(cache) else OWN.get(cache, cache)}
     backend = "CUSTOM" if is_profile(cache) else "TRITON_ATTN"
     kv |= {} if cache.startswith("turboquant") else {"attention_backend": backend}
-    share = 1.0 if cache == "bf16" else 0.6 if cache.startswith("fp8") else 0.4
+    # Memory that holds all requests; TurboQuant leaves the first and last two layers at 16 bits.
+    share = {"bf16": 1.0, "fp8": 0.6}.get(cache, 0.3 if is_profile(cache) else 0.8)
     tokens = given.batch * (given.context + 512)
     workers = len(given.gpus)
     layer_bytes = 2 * LLAMA["num_key_value_heads"] * LLAMA["head_dim"] * 2  # type: ignore[operator]
@@ -69,8 +74,9 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
         dtype="bfloat16",
         max_model_len=given.context + given.answer + 1,
         max_num_seqs=given.batch,
-        max_num_batched_tokens=given.chunk,
-        gpu_memory_utilization=0.3,
+        # Its later chunks of a prompt unpack all before them: whole prompts are what it reads fastest.
+        max_num_batched_tokens=given.context if cache.startswith("turboquant") else given.chunk,
+        gpu_memory_utilization=0.02,
         kv_cache_memory_bytes=int(share * tokens * given.layers * layer_bytes) // workers + (256 << 20),
         tensor_parallel_size=workers,
         disable_custom_all_reduce=True,
@@ -116,51 +122,103 @@ class Contender:
     """An engine that is up, or the reason why not."""
 
     def __init__(self, text: str, arguments: list[str], logs: Path) -> None:
-        self.name = text
+        self.name, self.arguments = text, arguments
         self.cache, _, gpus = text.partition("@")
         self.gpus = gpus or "0"
         self.log = logs / f"vllm-{text.replace('@', '-')}.log"
+        self.eager = "--eager" in arguments
+        self.read_s: float | None = None
+        self.steps: list[float] = []
+        self.start()
+
+    def start(self) -> None:
         chosen = {"KVFOLD_PROFILE": self.cache} if is_profile(self.cache) else {}
-        here = Path(__file__).resolve().parent.parent.parent / "src"
-        where = {
+        source = Path(__file__).resolve().parent.parent.parent / "src"
+        path = {
             "CUDA_VISIBLE_DEVICES": ",".join(self.gpus),
-            "PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": f"{source}:{os.environ.get('PYTHONPATH', '')}",
         }
+        inner = ["--inner", self.cache, "--gpus", self.gpus, *(["--eager"] if self.eager else [])]
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments, "--inner", self.cache, "--gpus", self.gpus],
-            env={**os.environ, **FIXED, **chosen, **where},
+            [sys.executable, __file__, *self.arguments, *inner],
+            env={**os.environ, **FIXED, **chosen, **path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
+            stderr=self.log.open("a"),
             text=True,
         )
-        self.read_ms: float | None = None
-        self.steps: list[float] = []
 
-    def answer(self) -> list[float] | None:
+    def answer(self) -> list | None:
         line = self.process.stdout.readline()  # type: ignore[union-attr]
         return json.loads(line) if line else None
 
     def up(self) -> bool:
+        """Whether it is; one that cannot be captured in graphs is tried without."""
         said = self.answer()
         if said is None:
-            print(f"{self.name} did not start:\n{self.log.read_text()[-2500:]}", flush=True)
-            return False
-        self.tokens, self.torch = said  # type: ignore[assignment]
-        print(f"{self.name} is up, its cache holds {self.tokens} tokens", flush=True)
+            print(f"{self.name} did not start (eager: {self.eager}):\n{self.log.read_text()[-1500:]}", flush=True)
+            if self.eager:
+                return False
+            self.eager = True
+            self.start()
+            return self.up()
+        self.tokens, self.torch = said
+        print(f"{self.name} is up, eager: {self.eager}, its cache holds {self.tokens} tokens", flush=True)
         return True
 
     def take(self) -> bool:
-        self.process.stdin.write("turn\n")  # type: ignore[union-attr]
-        self.process.stdin.flush()  # type: ignore[union-attr]
-        times = self.answer()
+        """A turn; whether it came to its end."""
+        try:
+            self.process.stdin.write("turn\n")  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
+            times = self.answer()
+        except BrokenPipeError:
+            times = None
         if times is None:
             print(f"{self.name} ended:\n{self.log.read_text()[-2500:]}", flush=True)
             return False
-        self.read_ms = self.read_ms or times[0]
+        self.read_s = self.read_s or times[0] / 1000
         self.steps += times[2:-1]
         print(f"{self.name}: {times[0]:.0f} ms, then {statistics.median(times[2:-1]):.2f} ms a step", flush=True)
         return True
+
+
+def read(contenders: list[Contender]) -> list[Contender]:
+    """The prompts, which takes long and is not what is compared: GPUs do it side by side, then what needs several. Those left."""
+    done: list[Contender] = []
+    groups = [[c for c in contenders if c.gpus == gpu] for gpu in {c.gpus for c in contenders if len(c.gpus) == 1}]
+
+    def one(group: list[Contender]) -> None:
+        done.extend([c for c in group if c.take()])
+
+    threads = [threading.Thread(target=one, args=[group]) for group in groups]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    one([c for c in contenders if len(c.gpus) > 1])
+    for c in done:
+        c.steps = []
+    return [c for c in contenders if c in done]
+
+
+def write(contenders: list[Contender], given: argparse.Namespace) -> None:
+    fp8 = next((statistics.median(c.steps) for c in contenders if c.cache.startswith("fp8")), None)
+    with (given.out / "gpu_vllm.csv").open("w", newline="") as file:
+        out = csv.DictWriter(file, FIELDS)
+        out.writeheader()
+        for c in contenders:
+            steps = sorted(c.steps)
+            median, mean = statistics.median(steps), statistics.fmean(steps)
+            row = {
+                "date": datetime.now(UTC).date(), "device": given.device, "torch": c.torch, "vllm": "0.32.0", "cache": c.cache,
+                "gpus": len(c.gpus), "layers": given.layers, "batch": given.batch, "context": given.context,
+                "eager": int(c.eager), "read_s": f"{c.read_s:.2f}", "step_ms": f"{median:.3f}", "step_mean_ms": f"{mean:.3f}",
+                "step_p90_ms": f"{steps[len(steps) * 9 // 10]:.3f}", "tokens_per_s": f"{1000 * given.batch / mean:.1f}",
+                "cache_tokens": c.tokens, "times_fp8": f"{fp8 / median:.3f}" if fp8 else "",
+            }  # fmt: skip
+            out.writerow(row)
+            print(*row.values(), flush=True)
 
 
 def main() -> None:
@@ -170,7 +228,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--answer", type=int, default=128)
-    parser.add_argument("--chunk", type=int, default=32768, help="tokens of a step at most")
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens of a step at most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
@@ -183,82 +241,24 @@ def main() -> None:
         return
     import torch
 
+    given.device = torch.cuda.get_device_name()
     with tempfile.TemporaryDirectory() as folder:
-        config = {
-            **LLAMA,
+        more = {
             "num_hidden_layers": given.layers,
             "max_position_embeddings": 2 * given.context,
             "torch_dtype": "bfloat16",
         }
-        Path(folder, "config.json").write_text(json.dumps(config))
+        Path(folder, "config.json").write_text(json.dumps({**LLAMA, **more}))
         arguments = [*sys.argv[1:], "--model", folder]
         contenders = [Contender(text, arguments, given.out) for text in given.contenders.split(",")]
-        contenders = [c for c in contenders if c.up()]
-        alive = list(contenders)
-        lock = threading.Lock()
-
-        def read(mine: list[Contender]) -> None:
-            for c in mine:
-                if not c.take():
-                    with lock:
-                        alive.remove(c)
-
-        # Reading takes long and is not what is compared: GPUs do it side by side. Contenders of several GPUs come last.
-        one = {
-            gpu: [c for c in contenders if c.gpus == gpu] for gpu in {c.gpus for c in contenders if len(c.gpus) == 1}
-        }
-        threads = [threading.Thread(target=read, args=[mine]) for mine in one.values()]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-        read([c for c in contenders if len(c.gpus) > 1])
-        for c in contenders:
-            c.steps = []
+        contenders = read([c for c in contenders if c.up()])
         for number in range(given.rounds):
-            for c in alive[number % len(alive) :] + alive[: number % len(alive)]:
-                if not c.take():
-                    raise SystemExit(f"{c.name} ended")
+            first = number % max(1, len(contenders))
+            lost = [c for c in contenders[first:] + contenders[:first] if not c.take()]
+            contenders = [c for c in contenders if c not in lost]
+            write(contenders, given)
         for c in contenders:
             c.process.stdin.close()  # type: ignore[union-attr]
-    fp8 = next((statistics.median(c.steps) for c in alive if c.cache.startswith("fp8")), None)
-    with (given.out / "gpu_vllm.csv").open("w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(
-            [
-                "date",
-                "device",
-                "torch",
-                "vllm",
-                "cache",
-                "gpus",
-                "layers",
-                "batch",
-                "context",
-                "eager",
-                "read_s",
-                "step_ms",
-                "step_mean_ms",
-                "step_p90_ms",
-                "tokens_per_s",
-                "cache_tokens",
-                "times_fp8",
-            ]
-        )
-        for c in alive:
-            steps = sorted(c.steps)
-            median, mean = statistics.median(steps), statistics.fmean(steps)
-            row = [datetime.now(UTC).date(), torch.cuda.get_device_name(), c.torch, "0.32.0", c.cache, len(c.gpus)]
-            row += [given.layers, given.batch, given.context, int(given.eager), f"{(c.read_ms or 0) / 1000:.2f}"]
-            row += [
-                f"{median:.3f}",
-                f"{mean:.3f}",
-                f"{steps[len(steps) * 9 // 10]:.3f}",
-                f"{1000 * given.batch / mean:.1f}",
-            ]
-            row += [c.tokens, f"{fp8 / median:.3f}" if fp8 else ""]
-            out.writerow(row)
-            print(*row, flush=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ GREEDY = {"temperature": 0, "max_tokens": 24}
 GPU = torch.cuda.is_available()
 # Many engines on one GPU, where bench/gpu/vllm_site.py brings only vLLM's Python files: its models run without its kernels.
 ON_GPU = {
-    "gpu_memory_utilization": 0.06,
+    "gpu_memory_utilization": 0.03,
+    "kv_cache_memory_bytes": 1 << 30,
     "compilation_config": {"custom_ops": ["none"]},
     "kernel_config": {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
     "disable_custom_all_reduce": True,

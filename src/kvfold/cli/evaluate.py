@@ -81,7 +81,9 @@ def eval_(
     states: Annotated[str | None, typer.Option(help="Recurrent states of hybrids: exact, or int8.")] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(help="Other caches to measure too, such as hf-quanto-4,kivi-2,rotated-q4,turboquant-3."),
+        typer.Option(
+            help="Other caches to measure too, such as hf-quanto-4,kivi-2,rotated-q4,turboquant-3; or profiles."
+        ),
     ] = None,
     legs: Annotated[
         str | None,

@@ -16,6 +16,7 @@ from kvfold.engine.cuda.arguments import (
     levels_of,
     plan_rings,
     sequence_words,
+    share,
     shared_limit,
 )
 from kvfold.engine.cuda.folding import folder, not_finite
@@ -338,6 +339,7 @@ class CudaEngine:
             new,
             self.spec.sinks,
             tiles,
+            *share(b * h * tiles, self._blocks),
             scale,
             *self._levels,
             *(_pointer(x) for x in self._pairs),
