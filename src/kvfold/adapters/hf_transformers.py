@@ -281,7 +281,7 @@ class FoldedCache(Cache):
 
     @property
     def reference_bytes(self) -> int:
-        """16 bits per key and value of the folded layers' tokens, in windows of those that are read: what the ratio is against."""
+        """16 bits per key and value of the folded layers' tokens, in windows of those read: what the ratio is against."""
         total = 0
         for x in self.paged_layers:
             most = None if x.reach is None else x.reach.tokens
