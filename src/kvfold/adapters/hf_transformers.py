@@ -281,12 +281,14 @@ class FoldedCache(Cache):
 
     @property
     def reference_bytes(self) -> int:
-        """16 bits per key and value of the folded layers' tokens: what the ratio is against."""
-        return sum(
-            2 * s.length * s.ring_k.shape[0] * (s.ring_k.shape[2] + s.ring_v.shape[2])
-            for x in self.folded_layers
-            for s in x.folded.sequences
-        )
+        """16 bits per key and value of the folded layers' tokens, in windows of those read: what the ratio is against."""
+        total = 0
+        for x in self.paged_layers:
+            most = None if x.reach is None else x.reach.tokens
+            for s in x.folded.sequences:
+                kept = s.length if most is None else min(s.length, most)
+                total += 2 * kept * s.ring_k.shape[0] * (s.ring_k.shape[2] + s.ring_v.shape[2])
+        return total
 
     def report(self, model: Any = None) -> dict[str, Any]:
         """Bytes by layer and kind, tokens, bits per value, ratio to 16 bits; with a model, those of its weights, too."""
@@ -296,7 +298,7 @@ class FoldedCache(Cache):
                 layers.append({**(row := x.folded.report()), **_with_states(x, row["bytes"])})
             else:
                 layers.append({"layer": i, "kind": type(x).__name__, "bytes": tensor_bytes(x)})
-        folded_bytes = sum(x.folded.nbytes for x in self.folded_layers)
+        folded_bytes = sum(x.folded.nbytes for x in self.paged_layers)
         return {
             "profile": self.profile,
             "cache_bytes": self.nbytes,

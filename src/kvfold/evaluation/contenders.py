@@ -55,11 +55,13 @@ class Folded:
         return FoldedCache(self.config, spec=self.spec)
 
     def exact_tokens(self, cache: FoldedCache) -> int:
-        sequences = cache.folded_layers[0].folded.sequences
+        """Of the first layer that folds; windows fold from their first call on, or not at all."""
+        layers = [*cache.folded_layers, *cache.paged_layers]
+        sequences = layers[0].folded.sequences if layers else []
         return sequences[0].exact_tokens if sequences else 0
 
     def sizes(self, cache: FoldedCache) -> dict[str, float | int]:
-        layers = [x["bits_per_value"] for x in cache.report()["layers"] if x["kind"] == "folded"]
+        layers = [x["bits_per_value"] for x in cache.report()["layers"] if "bits_per_value" in x]
         return {
             "bits_per_value": sum(layers) / len(layers) if layers else 16.0,
             "cache_bytes": cache.nbytes,

@@ -2,17 +2,6 @@
 #pragma once
 #include "exact.cuh"
 
-// Walsh-Hadamard over D values held by one warp, EPL consecutive dims per lane.
-template <int N> DI void hadamard_warp(float (&v)[N], int lane) {
-#pragma unroll
-  for (int h = 1; h < N; h *= 2)
-#pragma unroll
-    for (int i = 0; i < N; i++) if (!(i & h)) { float a = v[i], b = v[i + h]; v[i] = a + b; v[i + h] = a - b; }
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2)
-#pragma unroll
-    for (int i = 0; i < N; i++) { float o = __shfl_xor_sync(~0u, v[i], d); v[i] = lane & d ? o - v[i] : v[i] + o; }
-}
 // One column as 16-bit integers in B fragments: hi byte in mma column 2c, lo byte in 2c + 1. Returns (largest |q|, sum of integers).
 // RUNS: in the order of a trellis code's runs of D/4 dims per lane.
 template <class C, bool RUNS> DI float quantize(unsigned char* frag, const float (&v)[C::EPL], int column, int lane, int& sum) {
@@ -69,7 +58,7 @@ template <class C> DI void prepare(const Args& P, const Row& row, const Query<C>
       raw[i] = i & 1 ? high<C::H16>(query.raw[k][i / 2]) : low<C::H16>(query.raw[k][i / 2] & 0xffffu);
       rot[i] = __uint_as_float(__float_as_uint(raw[i]) ^ (query.sign[i] & 0x80000000u));
     }
-    hadamard_warp(rot, lane);
+    hadamard<1>(rot, lane);
 #pragma unroll
     for (int i = 0; i < C::EPL; i++) rot[i] *= rsqrtf((float)C::D);
     int sum, unused; float mx = quantize<C, is_trellis(C::KF)>(sm + C::AT_Q, rot, c, lane, sum), mr = mx;
@@ -86,7 +75,7 @@ template <class C> DI void finish(const Args& P, const Row& row, const float* o,
     float v[C::EPL], L = sums[c], f = L > 0 && i >= ldg_int(&P.seq[row.b].pad) ? rsqrtf((float)C::D) / L : 0.f;
 #pragma unroll
     for (int k = 0; k < C::EPL; k++) v[k] = o[c * C::STRIDE + lane * C::EPL + k];
-    hadamard_warp(v, lane);
+    hadamard<1>(v, lane);
     const float* sign = P.sign_v + row.head * C::D + lane * C::EPL;
     u32* out = (u32*)((u16*)P.out + row.b * P.o_b + (row.head * P.G + col % P.G) * P.o_h + i * P.o_i + lane * C::EPL);
 #pragma unroll
