@@ -1,6 +1,6 @@
 """Throughput of a real vLLM on CPUs, stock and folded: many requests of one context each, read and then continued.
 
-    .venv-vllm/bin/python bench/vllm_cpu.py --requests 8 --context 16384 --profiles balanced,compact,turbo-3
+    .venv-vllm/bin/python bench/vllm_cpu.py --requests 8 --context 16384 --contenders stock,balanced,compact,turbo-3
 
 Every contender is an engine in a process of its own with the same memory for its cache. All are up at once and take turns:
 each reads the prompts, once, then rounds let each continue them, beginning with another contender than the round before.
@@ -117,7 +117,7 @@ def main() -> None:
     options.add_argument("--context", type=int, default=16384)
     options.add_argument("--answer", type=int, default=129)
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--profiles", default="balanced,compact,turbo-3")
+    options.add_argument("--contenders", default="stock,balanced,compact,turbo-3", help="ratios are to the first")
     options.add_argument("--memory", type=float, default=2, help="GiB for the cache of each engine")
     options.add_argument("--model", default=str(resources.files("kvfold.models").joinpath("recall-llama-12m")))
     options.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
@@ -133,7 +133,7 @@ def main() -> None:
         "vllm": metadata.version("vllm-cpu"),
         "command": " ".join(["bench/vllm_cpu.py", *arguments]),
     }
-    contenders = [Contender(p, arguments, given.memory) for p in ["stock", *given.profiles.split(",")]]
+    contenders = [Contender(p, arguments, given.memory) for p in given.contenders.split(",")]
     for contender in contenders:
         contender.take("read")
     for number in range(given.rounds):

@@ -45,6 +45,8 @@ Windows that fold keep no sinks: queries pass them. Pages that no query reads an
 that trims inside the exact part stay possible. Decode steps run in the CPU kernels, longer calls by way of torch. `tests/adapters/
 test_windows.py` holds them, forced into lossless pages, to the stock cache.
 
+Keys that later layers share (Gemma 3n, Gemma 4) are read by each of them and stored once, when the last has read them.
+
 Softcapped models: load them with `attn_implementation="eager"` where transformers would take `sdpa` (5.17 does): that leaves the
 softcap out in layers that stay exact. Folded layers apply it always.
 

@@ -8,9 +8,13 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+NEEDLE_PROFILES = ("balanced", "compact", "extreme")
+LONGEST_GRID = 32768  # tokens; beyond, one kind and profile
+SCALAR = "turbo-3"  # the profile of scalar codes that levels are compared with
 BEST_LEVELS = ("amx", "avx512-vnni", "avx2")  # of the machines in cpu.csv, one table each
 Row = dict[str, str]
 
@@ -43,6 +47,8 @@ def baselines_table() -> str:
     """Fewest bits first, a column per model; the last row of each model and contender."""
     cells: dict[str, dict[str, Row]] = {}
     for r in read("baselines"):
+        if option(r, "profile", "balanced") == SCALAR:
+            continue
         name = r["baseline"] or f"kvfold {option(r, 'profile', 'balanced')}"
         cells.setdefault(name, {})[model_name(r)] = r
     body = []
@@ -56,6 +62,24 @@ def baselines_table() -> str:
     return markdown([*head, "same top token, %", "exact tokens, mean"], body)
 
 
+def trellis_table() -> str:
+    """Levels beside the scalar profile of the same run, which is the first row of each command."""
+    body = []
+    runs: dict[str, list[Row]] = {}
+    for r in read("baselines"):
+        if option(r, "profile", "balanced") == SCALAR:
+            known = runs.setdefault(model_name(r), [])
+            if not r["baseline"]:
+                known.clear()
+            known.append(r)
+    for model, rows in runs.items():
+        for r in rows:
+            share = float(r["kld_mean"]) / float(rows[0]["kld_mean"])
+            body.append([model, r["baseline"] or SCALAR, f"{float(r['bits_per_value']):.3f}"])
+            body[-1] += [f"{float(r['kld_mean']):.5f} ± {float(r['kld_se']):.5f}", f"{share:.2f}"]
+    return markdown(["model", "profile", "bits", "KLD", f"of {SCALAR}'s"], body)
+
+
 def legs_table() -> str:
     body = []
     for r in {(r["command"], r["leg"]): r for r in read("legs")}.values():
@@ -64,9 +88,10 @@ def legs_table() -> str:
             [model_name(r), option(r, "profile", "balanced"), r["leg"], f"{int(r['tokens']):,}"]
             + [f"{float(r['kld_mean']):.5f}", f"{float(r['kld_max']):.3f}", f"{100 * float(r['top1_agreement']):.1f} %"]
             + [first, {"True": "yes", "False": "no"}.get(r["equal_to_fresh"], "-")]
+            + [" / ".join(f"{100 * float(r[f]):.1f} %" for f in ("accuracy_reference", "accuracy") if r.get(f)) or "-"]
         )
     head = ["model", "profile", "leg", "tokens", "KLD", "largest", "same top token", "first other choice"]
-    return markdown([*head, "equal to a fresh run"], body)
+    return markdown([*head, "equal to a fresh run", "copied, 16-bit / folded"], body)
 
 
 def eval_table() -> str:
@@ -102,24 +127,57 @@ def tune_table() -> str:
     return markdown([*head, "same top token, %, plain / tuned"], body)
 
 
-def needle_table() -> str:
-    """Model, profile, context and kind, all depths together; of cells recorded again, the newest commit's rows."""
-    cells: dict[tuple[str, str, int, str], list[Row]] = {}
+def needle_cells() -> dict[tuple[int, str, str, str], list[Row]]:
+    """Rows of all depths by context, model, kind and profile; of cells recorded again, the newest commit's."""
+    cells: dict[tuple[int, str, str, str], list[Row]] = {}
     for r in read("needle"):
-        key = (model_name(r), r.get("profile") or option(r, "profile", "balanced"), int(r["context"]), r["kind"])
-        known = cells.setdefault(key, [])
+        profile = r.get("profile") or option(r, "profile", "balanced")
+        known = cells.setdefault((int(r["context"]), model_name(r), r["kind"], profile), [])
         if known and known[-1]["commit"] != r["commit"]:
             known.clear()
         known.append(r)
+    return cells
+
+
+def needle_table(by_kind: bool) -> str:
+    """A row per context and model, of each kind or of all together."""
+    grid: dict[tuple[int, str, str], dict[str, list[Row]]] = {}
+    for (context, model, kind, profile), rows in needle_cells().items():
+        grid.setdefault((context, model, kind if by_kind else ""), {}).setdefault(profile, []).extend(rows)
     body = []
-    for (model, profile, context, kind), rows in sorted(cells.items(), key=lambda x: (x[0][2], *x[0])):
-        n = sum(int(r["trials"]) for r in rows)
-        hits = [round(sum(int(r["trials"]) * float(r[f]) for r in rows)) for f in ("recall_reference", "recall")]
-        nll = [sum(int(r["trials"]) * float(r[f]) for r in rows) / n for f in ("answer_nll_reference", "answer_nll")]
-        body.append([f"{context:,}", model, profile, kind, f"{hits[0]} / {n}", f"{hits[1]} / {n}"])
-        body[-1] += [f"{nll[0]:.4f}", f"{nll[1]:.4f}"]
-    head = ["context", "model", "profile", "kind", "16-bit", "folded"]
-    return markdown([*head, "answer NLL, 16-bit", "folded"], body)
+    for (context, model, kind), of in sorted(grid.items()):
+        recorded = [f"{r['date']} {r['commit']}" for rows in of.values() for r in rows]
+        newest = next(rows for rows in of.values() if f"{rows[-1]['date']} {rows[-1]['commit']}" == max(recorded))
+        each = [(newest, "_reference"), *((of.get(p, []), "") for p in NEEDLE_PROFILES)]
+        found, lost = zip(*(_answers(rows, which) for rows, which in each), strict=True)
+        body.append([f"{context:,}", model, *([kind] if by_kind else []), *found, *lost])
+    names = ["16-bit", *NEEDLE_PROFILES]
+    head = ["context", "model", *(["kind"] if by_kind else []), *(f"{n}, found" for n in names)]
+    return markdown([*head, *(f"{n}, NLL" for n in names)], body)
+
+
+def needle_loss_table() -> str:
+    """A row per model and profile: every answer up to LONGEST_GRID tokens, and the loss with its standard error."""
+    grid: dict[tuple[str, str], list[Row]] = {}
+    for (context, model, _, profile), rows in needle_cells().items():
+        if context <= LONGEST_GRID and profile in NEEDLE_PROFILES:
+            grid.setdefault((model, profile), []).extend(rows)
+    body = []
+    for (model, profile), rows in sorted(grid.items()):
+        lost = [float(r["answer_nll"]) - float(r["answer_nll_reference"]) for r in rows]
+        error = stdev(lost) / len(lost) ** 0.5
+        body.append([model, profile, _answers(rows, "_reference")[0], _answers(rows, "")[0]])
+        body[-1] += [f"{mean(lost):+.4f} ± {error:.4f}"]
+    return markdown(["model", "profile", "16-bit, found", "folded, found", "NLL lost"], body)
+
+
+def _answers(rows: list[Row], which: str) -> tuple[str, str]:
+    """(how many answers came back, their mean NLL); which: "" or "_reference"."""
+    n = sum(int(r["trials"]) for r in rows)
+    if not n:
+        return "-", "-"
+    hits = round(sum(int(r["trials"]) * float(r[f"recall{which}"]) for r in rows))
+    return f"{hits} / {n}", f"{sum(int(r['trials']) * float(r[f'answer_nll{which}']) for r in rows) / n:.4f}"
 
 
 def demo_table() -> str:
@@ -251,9 +309,12 @@ def plan_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "eval": eval_table,
     "baselines": baselines_table,
+    "trellis": trellis_table,
     "legs": legs_table,
     "tune": tune_table,
-    "needle": needle_table,
+    "needle": partial(needle_table, False),
+    "needle_loss": needle_loss_table,
+    "needle_kinds": partial(needle_table, True),
     "demo": demo_table,
     "memory": memory_table,
     "bench": bench_table,

@@ -10,10 +10,12 @@ import torch
 
 from kvfold.bench import cuda_decode as cd
 from kvfold.bench.cuda_timing import Timing
+from kvfold.bench.harness import commit
 
 FIELDS = [
     "date", "device", "torch", "batch", "tokens", "lengths", "heads", "kv_heads", "dim", "key",
     "value", "contender", "median_us", "p10_us", "p90_us", "bytes", "gb_per_s", "copy_fraction", "ratio", "variant",
+    "commit",
 ]  # fmt: skip
 
 
@@ -29,6 +31,7 @@ class Rows:
             "date": datetime.now(UTC).date(),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
+            "commit": commit(),
         }
         self.copy = copy
 

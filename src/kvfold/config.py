@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from kvfold.errors import InvalidConfig, UnknownCodec
 
@@ -26,11 +27,22 @@ CODEC_BITS: dict[str, tuple[float, ...]] = {
     "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
 }
 STATES = ("exact", "int8")
+# What profile files may hold in each field.
+KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
 SCALED_CODECS = ("mse", "uniform", "split", "trellis")
 SEARCHED_CODECS = ("mse", "uniform", "split", "trellis")
 
 
 TUNED = "tuned"  # its bits are an average over channels that a basis names
+
+
+def _check_kinds(spec: Any) -> None:
+    """Raise InvalidConfig for a field of another type than it is declared with; whole numbers count as numbers."""
+    for each in fields(spec):
+        x, kind = getattr(spec, each.name), str(each.type)
+        number = kind == "float" and isinstance(x, int) and not isinstance(x, bool)
+        if kind in KINDS and type(x).__name__ != kind and not number:
+            raise InvalidConfig(f"{each.name} = {x!r} is not {KINDS[kind]}", "Compare it with the shipped profiles")
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class SideSpec:
     basis: str = ""
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         if (self.codec == TUNED) != bool(self.basis):
             raise InvalidConfig(
                 f"codec {self.codec!r} with the basis {self.basis!r}", "Load the profile that kvfold tune wrote"
@@ -103,6 +116,7 @@ class CacheSpec:
     states: str = "exact"
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         if self.states not in STATES:
             raise InvalidConfig(f"unknown states {self.states!r}", f"Use one of: {', '.join(STATES)}")
         if self.window < 0:

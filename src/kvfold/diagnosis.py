@@ -47,9 +47,11 @@ def engines() -> list[dict[str, Any]]:
 
 def model_layers(source: str, profile: str = "balanced") -> list[dict[str, Any]]:
     """`layers_of` a model's config; its weights are not read."""
-    from kvfold.loading import load_config
+    from kvfold.loading import check_decodes, load_config
 
-    return layers_of(load_config(source), profile)
+    config = load_config(source)
+    check_decodes(config, source)
+    return layers_of(config, profile)
 
 
 def layers_of(config: Any, profile: str = "balanced", device: str = "") -> list[dict[str, Any]]:

@@ -17,13 +17,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from kvfold.errors import MissingExtra, ModelError, ModelNotFound, NeedsRemoteCode, UnsupportedModel
+from kvfold.broken import explained, first_line, raised
+from kvfold.errors import (
+    InvalidConfig,
+    KvfoldError,
+    MissingExtra,
+    ModelError,
+    ModelNotFound,
+    UnsupportedModel,
+)
 from kvfold.planner import gguf
 from kvfold.planner.architecture import read
 from kvfold.planner.model import Model
 from kvfold.planner.weights import Weights, of_folder, of_gguf
 
 DEMO = "recall-llama-12m"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # The shipped models have no chat format of their own: contents are joined as they are.
 VERBATIM_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -98,40 +107,6 @@ def _resolve(source: str) -> tuple[str, dict[str, str]]:
     return source, {}
 
 
-def _explain(source: str, error: Exception, options: Options) -> ModelError:
-    text = str(error)
-    low = text.lower()
-    if "trust_remote_code" in low:
-        return NeedsRemoteCode(
-            f"{source} needs code from its own repository", "Read that code, then pass --trust-remote-code"
-        )
-    if "gated" in low or "401" in low or "403" in low:
-        return ModelNotFound(f"{source} is gated or private", "Accept its licence on the hub and run: hf auth login")
-    if "does not recognize this architecture" in low or "model type" in low:
-        return UnsupportedModel(f"transformers does not know the architecture of {source}", "Upgrade transformers")
-    if "gguf" in low and isinstance(error, ImportError):
-        return ModelError(f"reading {source} needs the package 'gguf'", "Install it with: pip install 'kvfold[gguf]'")
-    if isinstance(error, ImportError):  # of a library that quantized its weights
-        return ModelError(
-            f"{source} needs a package that is not installed: {text.splitlines()[0]}",
-            "Install it; torchao and bitsandbytes come with: pip install 'kvfold[quantized]'",
-        )
-    if isinstance(error, OSError):
-        if Path(source).exists():
-            return ModelError(
-                f"{source} could not be read: {text.splitlines()[0]}", "Check that the folder is complete"
-            )
-        where = "is not in the local cache" + (
-            "" if options.offline else ", and the hub did not have it or cannot be reached"
-        )
-        return ModelNotFound(
-            f"{source} {where}{_cached_names(source)}", "Check the spelling, or give a model folder or 'demo'"
-        )
-    return ModelError(
-        f"{source} could not be loaded: {text.splitlines()[0] if text else type(error).__name__}", "See above"
-    )
-
-
 def load_config(source: str, options: Options | None = None) -> Any:
     """The config alone, without weights; a config.json may be named itself. Raises ModelError subclasses with the cure."""
     path = Path(source).expanduser()
@@ -141,7 +116,7 @@ def load_config(source: str, options: Options | None = None) -> Any:
         content = _config_of(path)
         if (kind := content.get("model_type")) not in CONFIG_MAPPING:
             raise UnsupportedModel(f"transformers does not know the model_type {kind!r} of {source}", "Upgrade it")
-        return CONFIG_MAPPING[kind].from_dict(content)
+        return _known(content, source)
     return _load(source, options or Options(), weights=False).model
 
 
@@ -173,9 +148,30 @@ def describe(source: str, options: Options | None = None) -> Described:
 
 def _config_of(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not JSON ({error})", "Give the config.json of a model") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str | None):
+        raise ModelError(f"{path} describes no model", "Give the config.json of a model")
+    return content
+
+
+def _special_float(pairs: dict[str, Any]) -> Any:
+    """transformers writes infinities as objects, which JSON has no numbers for."""
+    return float(pairs["__float__"]) if set(pairs) == {"__float__"} else pairs
+
+
+def _known(content: dict[str, Any], source: str) -> Any:
+    """The config that transformers makes of a config.json's content. Raises UnsupportedModel if it refuses."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[content["model_type"]].from_dict(content)
+    except raised() as error:
+        raise UnsupportedModel(
+            f"transformers does not take the config of {source}: {first_line(error)}",
+            "Compare it with the config.json that was published with the model",
+        ) from error
 
 
 def _described(config: dict[str, Any], weights: Weights | None, source: str) -> Described:
@@ -186,7 +182,8 @@ def _described(config: dict[str, Any], weights: Weights | None, source: str) -> 
         return Described(read(config), weights, source)
     if config.get("model_type") not in CONFIG_MAPPING:
         return Described(read(config), weights, source)
-    known = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    known = _known(config, source)
+    check_decodes(known, source)
     return Described(read(complete(known)), weights or _counted(known), source)
 
 
@@ -199,15 +196,43 @@ def complete(config: Any) -> dict[str, Any]:
     return {**mapped, **text.to_dict(), **{k: v for k, v in keys.items() if v is not None}}
 
 
+def _generating() -> tuple[Any, ...]:
+    """The mappings of configs to models that write text."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return (
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
+
+
+def check_decodes(config: Any, source: str = "this") -> None:
+    """Raise UnsupportedModel for a transformers config of a model that writes no text, such as an encoder."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    text = config.get_text_config(decoder=True)
+    writes = any(type(x) in mapping for x in (config, text) for mapping in _generating())
+    fills_in = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_encoder_decoder", False)
+    if not writes or (fills_in and not getattr(config, "is_decoder", False)):
+        raise UnsupportedModel(
+            f"{source} is a {config.model_type}, which writes no text as it is", "Give a language model that decodes"
+        )
+
+
 def _counted(config: Any) -> Weights | None:
     """Weights that a config alone describes, at the config's dtype; None for classes that cannot be made without files."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+    for mapping in _generating():
         if type(config) in mapping:
-            with torch.device("meta"):
-                model = mapping[type(config)](config)
+            try:
+                with torch.device("meta"):
+                    model = mapping[type(config)](config)
+            except raised():  # its towers may need packages that are not here
+                return None
             parameters = sum(p.numel() for p in model.parameters())
             return Weights(parameters * (config.dtype or torch.bfloat16).itemsize, parameters)
     return None
@@ -248,6 +273,8 @@ def _load(source: str, options: Options, weights: bool) -> Loaded:
             raise
         raise MissingExtra.of("loading a model", str(error.name), "transformers") from error
     transformers.utils.logging.disable_progress_bar()
+    if weights:
+        _check(options, torch)
     where, extra = _resolve(source)
     common: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code, **extra}
     local = Path(where).is_dir()
@@ -268,8 +295,32 @@ def _load(source: str, options: Options, weights: bool) -> Loaded:
                 if local or options.offline or not _hub_answers():
                     raise
                 return attempt(local_only=False)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise _explain(source, error, options) from error
+        except KvfoldError:
+            raise
+        except raised() as error:
+            raise explained(source, error, options.offline) from error
+
+
+def check_device(name: str) -> None:
+    """Raise InvalidConfig if torch has no such device here."""
+    import torch
+
+    try:
+        torch.empty(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidConfig(
+            f"device {name!r} cannot be used here: {first_line(error)}", "Leave it out for the CPU"
+        ) from error
+
+
+def _check(options: Options, torch: Any) -> None:
+    """Raise for a dtype, a device or a template that cannot be, before anything is read."""
+    if options.dtype not in DTYPES:
+        raise UnsupportedModel(f"unknown dtype {options.dtype!r}", f"Use one of: {', '.join(DTYPES)}")
+    if options.device is not None:
+        check_device(options.device)
+    if options.chat_template and not Path(options.chat_template).is_file():
+        raise InvalidConfig(f"there is no chat template {options.chat_template}", "Give the path of a text file")
 
 
 def _hub_answers() -> bool:
@@ -281,17 +332,6 @@ def _hub_answers() -> bool:
     except OSError:
         return False
     return not constants.HF_HUB_OFFLINE
-
-
-def _cached_names(source: str) -> str:
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
-    there = (
-        [p.name.removeprefix("models--").replace("--", "/") for p in cache.glob("models--*")] if cache.is_dir() else []
-    )
-    close = difflib.get_close_matches(source, [*there, "demo"], n=3)
-    return f" (there is: {', '.join(close)})" if close else ""
 
 
 def _with_weights(
@@ -308,9 +348,7 @@ def _with_weights(
         tokenizer.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
     elif source == "demo" and not tokenizer.chat_template:
         tokenizer.chat_template = VERBATIM_TEMPLATE
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
-    if dtype is None:
-        raise UnsupportedModel(f"unknown dtype {options.dtype!r}", "Use auto, float32, bfloat16 or float16")
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model = model_class.from_pretrained(where, dtype=dtype, device_map=options.device_map, **common).eval()
     if options.device:
         model = model.to(options.device)

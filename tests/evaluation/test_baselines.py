@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tests.adapters import tiny
 from transformers import AutoModelForCausalLM
 
+from kvfold import profiles
 from kvfold.cli.main import main
 from kvfold.codec.peers import Coded, Kivi, RotatedQ4, affine, affine_decode, q4_0, q4_0_decode
 from kvfold.config import CacheSpec
@@ -185,6 +187,11 @@ def test_eval_tells_of_baselines(capsys):
     [row] = result["baselines"]
     assert row["baseline"] == "rotated-q4"
     assert set(row) == set(result) - {"baselines"} | {"baseline"}
+
+
+def test_a_profile_is_a_contender_with_the_seed_of_the_run(demo):
+    contender = baseline("turbo-3", demo.model.config, seed=7)
+    assert contender == Folded("turbo-3", demo.model.config, replace(profiles.load("turbo-3").spec, seed=7))
 
 
 def test_a_wrong_name_and_a_missing_package_are_told(demo, monkeypatch):

@@ -30,6 +30,7 @@ STAGES = (
     ("profiles", "planner"),
     ("adapters",),
     ("models",),
+    ("broken",),  # models that cannot be loaded
     ("loading",),
     ("diagnosis",),
     ("evaluation", "bench"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +14,15 @@ from kvfold.config import PAGE_TOKENS, CacheSpec, SideSpec
 from kvfold.engine import pools
 from kvfold.engine.cpu import library, pooled
 from kvfold.engine.cpu.engine import CpuEngine
+from kvfold.engine.cuda import pooled as on_cuda
+from kvfold.engine.cuda.engine import CudaEngine, why_not
 from kvfold.engine.on_torch import TorchEngine
-from kvfold.engine.pools import PooledCall, Pools
+from kvfold.engine.pools import PooledCall, PooledFold, Pools
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
+from kvfold.errors import NonFiniteInput
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 HEADS, GROUP, DIM = 2, 3, 64
 SPEC = CacheSpec(SideSpec("mse", 3, "unbiased"), SideSpec("uniform", 2, "unbiased"))
 
@@ -24,12 +31,18 @@ class Host:
     """Pools with blocks in random order, and sequences cut into them as a server's block manager would."""
 
     def __init__(
-        self, engine: CpuEngine | TorchEngine, block_pages: int, exact_tokens: int, dtype: torch.dtype
+        self,
+        engine: CpuEngine | CudaEngine | TorchEngine,
+        block_pages: int,
+        exact_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
         self.engine, self.block_pages, self.exact_tokens = engine, block_pages, exact_tokens
         self.rng = np.random.default_rng(block_pages + exact_tokens)
-        pages = torch.full((40, block_pages * engine.page_bytes + 48), 0xAA, dtype=torch.uint8)  # padded, as vLLM may
-        exact = torch.full((60, HEADS, exact_tokens + 3, 2 * DIM), float("nan"), dtype=dtype)
+        padded = block_pages * engine.page_bytes + 48  # as vLLM may
+        pages = torch.full((40, padded), 0xAA, dtype=torch.uint8, device=device)
+        exact = torch.full((60, HEADS, exact_tokens + 3, 2 * DIM), float("nan"), dtype=dtype, device=device)
         self.pools = Pools(pages[:, :-48].unflatten(1, (block_pages, -1)), exact[:, :, :exact_tokens])
         self.free = {"page": list(self.rng.permutation(40)), "exact": list(self.rng.permutation(60))}
 
@@ -61,8 +74,9 @@ def request(
     q, k, v, expected, placed = [], [], [], [], []
     for i, (past, folded, new) in enumerate(shapes):
         g = torch.Generator().manual_seed(i)
-        keys, values = (torch.randn(HEADS, past + new, DIM, generator=g).to(dtype) for _ in range(2))
-        query = torch.randn(new, HEADS * GROUP, DIM, generator=g).to(dtype)
+        at = host.pools.exact.device
+        keys, values = (torch.randn(HEADS, past + new, DIM, generator=g).to(at, dtype) for _ in range(2))
+        query = torch.randn(new, HEADS * GROUP, DIM, generator=g).to(at, dtype)
         numbers, exact, sinks = host.place(keys[:, :past], values[:, :past], folded)
         placed.append((numbers, exact, sinks))
         rows = [torch.stack([host.pools.row(n) for n in numbers])] if numbers else []
@@ -92,7 +106,7 @@ def request(
     return call, torch.cat(q), torch.cat(k), torch.cat(v), expected
 
 
-@pytest.mark.parametrize(
+CALLS = pytest.mark.parametrize(
     "shapes",
     [
         [(391, 256, 1), (77, 0, 1), (512, 384, 1), (0, 0, 1)],
@@ -102,6 +116,9 @@ def request(
     ],
     ids=["decode", "drafts", "mixed", "few-exact"],
 )
+
+
+@CALLS
 @pytest.mark.parametrize(("block_pages", "exact_tokens"), [(1, 16), (3, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["torch", "cpu"])
@@ -125,8 +142,139 @@ def test_pools_equal_sequences(
 
 def close(got: Tensor, want: Tensor) -> bool:
     """The native library cuts a batch by its longest row, so one row alone may be summed in other parts."""
-    eps = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[got.dtype]
+    eps = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[got.dtype]
     return bool((got - want).abs().max() <= eps * want.abs().max())
+
+
+def test_tables_say_where_tokens_are() -> None:
+    """What the kernels are told of a step, read back on the CPU as they would read it."""
+    host = Host(TorchEngine(SPEC, LayerShape(2, HEADS, DIM, 2), torch.float16, CPU), 3, 16, torch.float16)
+    call, *_ = request(host, [(391, 256, 1), (77, 0, 1), (512, 384, 1), (150, 128, 90), (300, 128, 2)], torch.float16)
+    call.runs[:] = [(0, 3, 1), (3, 1, 90), (4, 1, 2)]
+    tables = on_cuda.Tables(call, host.pools, SPEC.sinks, GROUP)
+    assert [(b.first, b.count, b.new) for b in tables.batches] == [(0, 3, 1), (4, 1, 2)]
+    torch.add(tables.page_offsets, host.pools.pages.data_ptr(), out=tables.pages)
+    for batch in tables.batches:
+        on_cuda.gather(host.pools, batch)
+        for i, record in enumerate(batch.sequences.numpy(), batch.first):
+            n, folded = int(call.recent[i]), int(call.folded[i])
+            length, read, pads, first, ring, _ = record[5:8].view(np.int32)
+            assert (length, read, pads, first) == (folded + n, folded, 0, 0)
+            assert ring >= n
+            numbers = call.page_numbers[call.page_start[i] : call.page_start[i + 1]]
+            addresses = at(record[4], np.int64, (len(numbers),))
+            assert addresses.tolist() == [host.pools.row(number).data_ptr() for number in numbers.tolist()]
+            tokens = host.pools.tokens(call.recent_table[call.recent_start[i] : call.recent_start[i + 1]], n)
+            for pointer, want in zip(record[:2], tokens, strict=True):
+                got = at(pointer, np.float16, (HEADS, int(record[8]) // DIM, DIM))[:, :n]
+                assert np.array_equal(got, want.numpy())
+            sinks = host.pools.exact[int(call.sink_block[i]), :, : SPEC.sinks].chunk(2, dim=-1)
+            for pointer, want in zip(record[2:4], sinks, strict=True):
+                assert not folded or np.array_equal(at(pointer, np.float16, tuple(want.shape)), want.numpy())
+
+
+class Reader:
+    """In the place of the decode kernel: attends to what the records point to, by the reference."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        self.spec, self.shape, self.engine = engine.spec, engine.shape, engine
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Tensor, out: Tensor) -> None:
+        views = []
+        for record in sequences.numpy():
+            length, folded = record[5:8].view(np.int32)[:2]
+            addresses = at(record[4], np.int64, (-(-int(folded) // PAGE_TOKENS),))
+            pages = [torch.from_numpy(at(a, np.uint8, (1, self.engine.page_bytes)).copy()) for a in addresses]
+            recent, sinks = (
+                [torch.from_numpy(at(p, np.float16, (HEADS, n, DIM)).copy()) for p in pointers]
+                for pointers, n in ((record[:2], int(record[8]) // DIM), (record[2:4], SPEC.sinks))
+            )
+            views.append(
+                SequenceView(pages, int(folded), *sinks, *(x[:, : length - folded] for x in recent), 0, None, None)
+            )
+        out[:] = self.engine.attend(AttendRequest(q, k, v, scale, views))
+
+    def attend(self, request: AttendRequest) -> Tensor:
+        (view,) = request.rows
+        table = [] if view.runs.table is None else view.runs.table.tolist()  # type: ignore[attr-defined]
+        pages = [torch.from_numpy(at(a, np.uint8, (1, self.engine.page_bytes)).copy()) for a in table]
+        return self.engine.attend(dataclasses.replace(request, rows=[dataclasses.replace(view, runs=pages)]))
+
+
+@CALLS
+@pytest.mark.parametrize(("block_pages", "exact_tokens"), [(1, 16), (3, 32)])
+def test_what_the_kernels_are_asked_for(
+    block_pages: int, exact_tokens: int, shapes: list[tuple[int, int, int]]
+) -> None:
+    engine = TorchEngine(SPEC, LayerShape(2, HEADS, DIM, 2), torch.float16, CPU)
+    host = Host(engine, block_pages, exact_tokens, torch.float16)
+    call, q, k, v, expected = request(host, shapes, torch.float16)
+    out = torch.full_like(q, float("nan"))
+    on_cuda.attend(Reader(engine), host.pools, call, q, k, v, 0.125, out)  # type: ignore[arg-type]
+    for i, want in enumerate(expected):
+        assert close(out[call.token_start[i] : call.token_start[i + 1]], want), f"sequence {i}"
+
+
+def at(address: int, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """An array that lies at an address."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype).reshape(shape)
+
+
+def cuda_engine(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype) -> CudaEngine:
+    if reasons := why_not(spec, shape, dtype, GPU):
+        pytest.skip("; ".join(reasons))
+    return CudaEngine(spec, shape, dtype, GPU)
+
+
+TRELLIS = CacheSpec(SideSpec("trellis", 3.5, "unbiased", search=1), SideSpec("trellis", 2.5, "unbiased", search=1))
+
+
+@CALLS
+@pytest.mark.parametrize(("block_pages", "exact_tokens"), [(1, 16), (3, 32)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", [SPEC, TRELLIS], ids=["scalar", "trellis"])
+def test_pools_on_a_gpu(
+    spec: CacheSpec, dtype: torch.dtype, block_pages: int, exact_tokens: int, shapes: list[tuple[int, int, int]]
+) -> None:
+    """Several layers of one step share its tables: each has memory and tokens of its own."""
+    engine = cuda_engine(spec, LayerShape(2, HEADS, DIM, 2), dtype)
+    made: dict[object, object] = {}
+    for _layer in range(2):
+        host = Host(engine, block_pages, exact_tokens, dtype, GPU)
+        call, q, k, v, expected = request(host, shapes, dtype)
+        call.made.update(made)
+        out = torch.full_like(q, float("nan"))
+        on_cuda.attend(engine, host.pools, call, q, k, v, 0.125, out)
+        made = call.made
+        for i, want in enumerate(expected):
+            got = out[call.token_start[i] : call.token_start[i + 1]]
+            assert close(got, want), f"sequence {i}"
+
+
+@pytest.mark.parametrize("spec", [SPEC, TRELLIS], ids=["scalar", "trellis"])
+def test_folds_beside_the_calls(spec: CacheSpec) -> None:
+    """The same bytes as a fold that is waited for, in scattered places; what cannot be folded is told when it is waited for."""
+    engine = cuda_engine(spec, LayerShape(2, HEADS, DIM, 2), torch.bfloat16)
+    host = Host(engine, 3, 16, torch.bfloat16, GPU)
+    folding = on_cuda.Folding(engine)
+    keys, values = torch.randn(2, 5, HEADS, PAGE_TOKENS, DIM, device=GPU, dtype=torch.bfloat16)
+    want = torch.zeros(5, engine.page_bytes, dtype=torch.uint8, device=GPU)
+    engine.fold(keys[:3], values[:3], True, list(want[:3]))
+    engine.fold(keys[3:], values[3:], False, list(want[3:]))
+    numbers = np.array([7, 2, 30, 11, 90])
+    parts = ((slice(3), True), (slice(3, 5), False))
+    folding.fold(
+        [PooledFold(keys[at].clone(), values[at].clone(), first, numbers[at]) for at, first in parts], host.pools
+    )
+    folding.settle()
+    assert all(torch.equal(host.pools.row(n), row) for n, row in zip(numbers.tolist(), want, strict=True))
+    keys[1, 0, 3, 5] = float("nan")
+    folding.fold([PooledFold(keys, values, True, numbers)], host.pools)
+    with pytest.raises(NonFiniteInput):
+        folding.settle()
+    folding.fold([PooledFold(keys[:1], values[:1], True, numbers[:1])], host.pools)
+    folding.settle()
 
 
 @pytest.mark.parametrize("name", ["torch", "cpu"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.families import FOLDING, make, prompt
 import kvfold
 from kvfold.cache.pages import PagePool
 from kvfold.cache.sizes import pool_bytes
-from kvfold.loading import complete
+from kvfold.loading import complete, describe
 from kvfold.planner.architecture import read
 from kvfold.planner.plan import Setting, plan
 from kvfold.profiles import load
@@ -64,6 +65,17 @@ def test_sessions_are_caches_of_their_own() -> None:
     assert planned("llama", "balanced", PREFILL + STEPS, 3)["folded_bytes"] == sum(c.nbytes for c in caches)
 
 
+@pytest.mark.parametrize(
+    ("family", "profile"), [("llama", "balanced"), ("gemma3_text", "compact"), ("jamba", "extreme")]
+)
+@pytest.mark.parametrize("rows", [2, 5])
+def test_rows_of_a_batch_share_pools(family: str, profile: str, rows: int) -> None:
+    cache = grown(family, kvfold.FoldedCache(make(family).config, profile), rows, prefill=333)
+    setting = Setting(load(profile).spec, 335, rows=rows, dtype_bytes=4)
+    result = plan(read(complete(make(family).config)), setting)
+    assert result["folded_bytes"] + result["state_bytes"] == cache.nbytes
+
+
 @pytest.mark.parametrize("length", [0, 1, 127, 128, 64 + 128, 64 + 127])
 def test_lengths_around_a_page(length: int) -> None:
     cache = grown("llama", kvfold.FoldedCache(make("llama").config), prefill=max(1, length))
@@ -77,3 +89,27 @@ def test_pools_grow_as_planned(pages: int, page_bytes: int) -> None:
     for _ in range(pages):
         pool.allocate()
     assert pool.nbytes == pool_bytes(pages, page_bytes, on_cpu=True)
+
+
+def resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith("VmRSS:")).split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux' /proc")
+def test_rows_never_used_take_no_memory() -> None:
+    pool = PagePool(1_000_000, torch.device("cpu"))
+    first = resident()
+    for _ in range(5):
+        pool.row(pool.allocate()).fill_(1)
+    assert pool.nbytes < 5.1e6
+    assert resident() - first < 10e6
+
+
+@pytest.mark.parametrize(("profile", "least"), [("balanced", 5.0), ("compact", 6.0), ("extreme", 7.3)])
+@pytest.mark.parametrize("source", ["demo", "llama-3.1-8b", "llama-2-7b"])
+def test_whole_caches_of_131072_tokens(profile: str, least: float, source: str) -> None:
+    """Windows, tables and free space counted."""
+    config = Path(__file__).parent / "configs" / f"{source}.json"
+    model = describe(source if source == "demo" else str(config)).model
+    assert plan(model, Setting(load(profile).spec, 131072))["ratio"] >= least

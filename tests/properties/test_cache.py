@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
+import mmap
 import pickle
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +19,7 @@ from torch import Tensor
 from kvfold.cache.layer import FoldedAttention
 from kvfold.cache.pages import PagePool
 from kvfold.cache.sequence import LayerSequence
+from kvfold.cache.sizes import pool_bytes_at_most
 from kvfold.config import PAGE_TOKENS, CacheSpec, SideSpec
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import LayerShape
@@ -324,16 +327,18 @@ def test_a_fork_that_goes_out_of_scope_gives_its_pages_back() -> None:
 @few
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60))
 def test_pool_reuses_free_pages_and_returns_empty_slabs(steps: list[int]) -> None:
-    pool, held = PagePool(64, CPU), []
+    pool, held, most = PagePool(64, CPU), list[int](), 0
     for step in steps:
         if step < 20 or not held:
+            before, promised = pool.nbytes, pool.growth(step + 1)
             held += [pool.allocate() for _ in range(step + 1)]
+            assert pool.nbytes == before + promised
         else:
             for _ in range(min(len(held), step)):
                 pool.release(held.pop(step % len(held)))
         assert pool.pages_used == len(held) == len(set(held))
-        # Free space: at most one slab of 1/32, beside slabs that still hold something.
-        assert pool.nbytes >= 64 * len(held)
+        most = max(most, len(held))
+        assert 64 * len(held) <= pool.nbytes <= pool_bytes_at_most(most, 64, on_cpu=True)
         assert sum(len(r) for r in pool.runs(held)) == len(held)
     rows = [pool.row(p) for p in held]
     assert len({r.data_ptr() for r in rows}) == len(held)
@@ -382,12 +387,22 @@ def test_batch_order_and_page_order_change_no_bit_of_the_output(order: list[int]
     assert torch.equal(got, want[index])
 
 
+def written(slab: Tensor) -> int:
+    """Bytes of the system's pages that a slab has taken, as the system tells."""
+    size = slab.untyped_storage().nbytes()
+    told = (ctypes.c_ubyte * (size // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(slab.data_ptr()), ctypes.c_size_t(size), told) == 0
+    return mmap.PAGESIZE * sum(x & 1 for x in told)
+
+
 def storages(x: object, seen: dict[int, object]) -> dict[int, int]:
     """Bytes of every tensor storage reachable from an object, engines (constants of the layer) left out."""
     found: dict[int, int] = {}
     if id(x) in seen or isinstance(x, TorchEngine):
         return found
     seen[id(x)] = x
+    if isinstance(x, PagePool):
+        return {s.data_ptr(): written(s) for s in x._slabs.values()}
     if isinstance(x, Tensor):
         return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}
     parts = list(x.values()) if isinstance(x, dict) else list(x) if isinstance(x, list | tuple) else []

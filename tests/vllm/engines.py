@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from kvfold.evaluation.text import haystack, stream
@@ -27,9 +28,22 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
     "OMP_NUM_THREADS": "1",
 }
 GREEDY = {"temperature": 0, "max_tokens": 24}
+GPU = torch.cuda.is_available()
+# Many engines on one GPU, where bench/gpu/vllm_site.py brings only vLLM's Python files: its models run without its kernels.
+ON_GPU = {
+    "gpu_memory_utilization": 0.03,
+    "kv_cache_memory_bytes": 1 << 30,
+    "compilation_config": {"custom_ops": ["none"]},
+    "kernel_config": {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
+    "disable_custom_all_reduce": True,
+}
+# Rounded so little that a divergence is what the codes lose; the kernels want 16 bits.
+PACKED_DTYPE = "float16" if GPU else "float32"
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,14 @@ def step(*prompts: list[int], **params: Any) -> dict[str, Any]:
 
 def run(profile: str | None, steps: list[dict[str, Any]], env: dict[str, str] | None = None, **options: Any) -> Run:
     """One engine of the shipped model, or of `model`, in float32 unless told otherwise."""
-    chosen = {"model": MODEL, "dtype": "float32", "enforce_eager": True, "max_model_len": 4096, **options}
+    chosen = {
+        "model": MODEL,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        **place(profile),
+        **options,
+    }
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder, "result.json"), Path(folder, "log")
         with log.open("w") as out:
@@ -80,6 +101,11 @@ def run(profile: str | None, steps: list[dict[str, Any]], env: dict[str, str] | 
         logprobs = {(int(i), int(n)): np.load(Path(folder, f"logprobs-{i}-{n}.npy")) for i, n in names}
         engines = set(re.findall(r"kvfold: (profile \S+, engine \S+)", log.read_text()))
         return Run(**json.loads(result.read_text()), logprobs=logprobs, engines=engines)
+
+
+def place(profile: str | None) -> dict[str, Any]:
+    """Options of an engine on this machine: on a GPU its attention is asked for by name."""
+    return {**ON_GPU, "attention_backend": "CUSTOM" if profile else "TRITON_ATTN"} if GPU else {}
 
 
 @functools.cache

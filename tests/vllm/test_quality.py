@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from engines import MODEL, run, step, text, tokenizer
+from engines import GPU, MODEL, PACKED_DTYPE, run, step, text, tokenizer
 from transformers import AutoModelForCausalLM
 
 from kvfold import profiles
@@ -25,7 +25,8 @@ LONG = 131072
 
 def page_bytes(kv_heads: int, head_dim: int, spec: CacheSpec) -> int:
     shape = LayerShape(0, kv_heads, head_dim, 2)
-    return make_engine("auto", spec, shape, torch.bfloat16, torch.device("cpu")).page_bytes
+    device = torch.device("cuda" if GPU else "cpu")
+    return make_engine("auto", spec, shape, torch.bfloat16, device).page_bytes
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def model() -> torch.nn.Module:
 
 
 @functools.cache
-def logprobs(profile: str | None) -> list[torch.Tensor]:
+def logprobs(profile: str | None, workers: int = 1) -> list[torch.Tensor]:
     """What vLLM says of every token of WINDOWS, read in the calls of the evaluation's protocol."""
     done = run(
         profile,
@@ -43,13 +44,16 @@ def logprobs(profile: str | None) -> list[torch.Tensor]:
         max_num_batched_tokens=CALL_TOKENS,
         max_num_seqs=1,
         enable_prefix_caching=False,
+        dtype=PACKED_DTYPE,
+        tensor_parallel_size=workers,
+        env={"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(workers > 1))},
     )
     return [torch.from_numpy(done.logprobs[0, i]) for i in range(len(WINDOWS))]
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_divergence_is_that_of_the_transformers_adapter(profile: str) -> None:
-    kl = [compare(f, s)[0] for f, s in zip(logprobs(profile), logprobs(None), strict=True)]
+@pytest.mark.parametrize(("profile", "workers"), [*((profile, 1) for profile in PROFILES), ("balanced", 2)])
+def test_divergence_is_that_of_the_transformers_adapter(profile: str, workers: int) -> None:
+    kl = [compare(f, s)[0] for f, s in zip(logprobs(profile, workers), logprobs(None), strict=True)]
     here = float(torch.cat(kl).mean())
     there = float(evaluate(model(), WINDOWS, profiles.load(profile).spec)["kld_mean"])
     assert here == pytest.approx(there, rel=0.1)
@@ -60,7 +64,9 @@ def test_needles_are_found_as_through_the_transformers_adapter(profile: str) -> 
     docs = list(documents(CONTEXT, [KIND], DOCUMENTS, 0, tokenizer()))
     asked = [(d.ids + n.question, n.answer) for d in docs for n in d.needles]
     length = max(len(answer) for _, answer in asked)
-    found = run(profile, [step(*(q for q, _ in asked), max_tokens=length)], max_model_len=CONTEXT + 64)
+    found = run(
+        profile, [step(*(q for q, _ in asked), max_tokens=length)], max_model_len=CONTEXT + 64, dtype=PACKED_DTYPE
+    )
     hits = [ids[: len(a)] == a for ids, (_, a) in zip(found.ids(0), asked, strict=True)]
     rows = grid(model(), tokenizer(), [CONTEXT], {profile: profiles.load(profile).spec}, [KIND], DOCUMENTS)
     there = np.mean([r["recall"] for r in rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from engines import Run, prompt, run, step
+from engines import GPU, PACKED_DTYPE, Run, prompt, run, step
 
 LENGTHS = (70, 128, 300, 517, 800, 1100, 1500, 2100)
 PROMPTS = [prompt(i, n) for i, n in enumerate(LENGTHS)]
@@ -86,9 +86,9 @@ def test_heads_split_over_two_workers() -> None:
 
 
 def test_which_engine_runs() -> None:
-    """The native one for packed codes; exact pages have no kernel, so `lossless` runs in torch."""
+    """The kernels of this machine for packed codes; exact pages have none, so `lossless` runs in torch."""
     assert alone().engines == {"profile lossless, engine torch"}
     two = {"tensor_parallel_size": 2, "env": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}}
     for profile, options in (("balanced", two), ("compact", {}), ("turbo-3", {})):
-        folded = run(profile, [step(PROMPTS[0], max_tokens=1)], **options)
-        assert folded.engines == {f"profile {profile}, engine cpu"}
+        folded = run(profile, [step(PROMPTS[0], max_tokens=1)], dtype=PACKED_DTYPE, **options)
+        assert folded.engines == {f"profile {profile}, engine {'cuda' if GPU else 'cpu'}"}

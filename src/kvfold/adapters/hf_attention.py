@@ -51,10 +51,15 @@ class Attends(Protocol):
 class Handle:
     """Stands for one layer's keys, or values, between `update` and the attention function. Never a tensor."""
 
-    __slots__ = ("call", "k", "layer", "v")
+    __slots__ = ("call", "k", "layer", "reads", "v")
 
     def __init__(self, layer: Attends, call: int, k: Tensor, v: Tensor) -> None:
         self.layer, self.call, self.k, self.v = layer, call, k, v
+        self.reads = 0  # attentions over it so far: later layers may read it, too
+
+    def to(self, *args: Any, **kwargs: Any) -> Handle:
+        """Itself: what hands keys from layer to layer may want them on the layer's device."""
+        return self
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -86,6 +91,14 @@ class LazyMask:
 
     ndim = 4  # of the mask itself: models within models are handed the outer one's, and look
 
+    def contiguous(self) -> Any:
+        """The mask itself: caches that can be compiled are given theirs beforehand, and none of them folds."""
+        return None if self.dense is None else self.dense.contiguous()
+
+    def __getitem__(self, item: Any) -> LazyMask:
+        """For the last queries of a call alone: padding is still that of the whole call."""
+        return LazyMask(functools.partial(_part_of, self._make, item), self.arguments)
+
     @functools.cached_property
     def dense(self) -> Any:
         """What the model's own implementation would have been given."""
@@ -111,6 +124,11 @@ class LazyMask:
             # transformers counts a window in columns, padding included; here pads are not stored.
             raise Unsupported("padding lies between the tokens of a sliding window", "Pad only what begins a row")
         return pads
+
+
+def _part_of(make: Callable[..., Any], item: Any, **arguments: Any) -> Any:
+    """Part of a mask. It may not be left to sdpa's own causality, which counts queries from the first key."""
+    return make(**{**arguments, "allow_is_causal_skip": False})[item]
 
 
 def _is_causal(mask: Callable[..., Any], reach: Reach | None) -> bool:

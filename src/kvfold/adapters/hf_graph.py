@@ -151,6 +151,8 @@ def _against(layer: Any, batch: int, device: torch.device) -> str:
         return "" if fits and layer.device == device else "its states are not there yet, or are recorded"
     if type(layer) is not FoldedLayer:
         return f"{type(layer).__name__} moves in memory"
+    if layer.readers > 1:
+        return "other layers attend to its keys"
     folded = layer.folded
     if type(folded.engine) is not CudaEngine or folded.engine.device != device:
         return "its engine is not the cuda engine of that device"

@@ -55,6 +55,7 @@ class PagedLayer(CacheLayerMixin):
         super().__init__(**({"number_of_states": number_of_states} if number_of_states else {}))
         self.folded = FoldedAttention(spec, layer, functools.partial(make_engine, backend), variant)
         self.guard = guard
+        self.readers = 1  # layers that attend to this one's keys in a call; the last of them stores it
         self.columns = 0  # tokens of the batch as the host counts them: padding included
         self.holes: list[Runs] = []  # which columns of each row are padding
 
@@ -90,9 +91,15 @@ class PagedLayer(CacheLayerMixin):
         self.guard.begin(self.folded.layer, handle.call)
         stored = False
         try:
-            new = call.q.shape[2]
+            new = call.k.shape[2]
             pads = mask.pads(new, self.columns, self.holes, self.reach) if mask is not None else no_pads(self.holes)
-            out = self.folded.attend(call.q, call.k, call.v, pads, call.scale, call.softcap, call.sink_logits)
+            handle.reads += 1
+            last = handle.reads == self.readers
+            q = _of_all(call.q, new)
+            out = self.folded.attend(q, call.k, call.v, pads, call.scale, call.softcap, call.sink_logits, last)
+            out = out[:, :, new - call.q.shape[2] :]
+            if not last:
+                return out
             for runs, n in zip(self.holes, pads, strict=True):
                 if n:
                     start = runs.pop()[0] if runs and runs[-1][1] == self.columns else self.columns
@@ -163,6 +170,11 @@ class PagedLayer(CacheLayerMixin):
         other.folded, other.guard = self.folded.compact() if compact else self.folded.fork(), guard
         other.holes = [list(runs) for runs in self.holes]
         return other
+
+
+def _of_all(q: Tensor, new: int) -> Tensor:
+    """A query for each of the `new` tokens. Layers that share keys may be asked for the last ones alone."""
+    return q if q.shape[2] >= new else torch.nn.functional.pad(q, (0, 0, new - q.shape[2], 0))
 
 
 class FoldedLayer(PagedLayer):
@@ -293,6 +305,20 @@ STOCK_LAYERS = (
     EmptyLayer,
     CodedStateLayer,
 )
+
+
+def last_readers(text: Any) -> dict[int, tuple[int, int]]:
+    """Layers whose keys later layers read instead of having their own (Gemma 3n, Gemma 4): to each, the last that reads them
+    and how many attend to them, itself included."""
+    out: dict[int, tuple[int, int]] = {}
+    if not (shared := getattr(text, "num_kv_shared_layers", None)):
+        return out
+    types = text.layer_types
+    first = len(types) - shared
+    for i in range(first, len(types)):
+        own = max(j for j in range(first) if types[j] == types[i])
+        out[own] = (i, out.get(own, (own, 1))[1] + 1)
+    return out
 
 
 def windows_of(text: Any, layers: list[Any]) -> dict[int, Reach]:

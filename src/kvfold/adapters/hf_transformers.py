@@ -31,6 +31,7 @@ from kvfold.adapters.hf_layers import (
     HybridWindowLayer,
     PagedLayer,
     eager,
+    last_readers,
     windows_of,
 )
 from kvfold.adapters.hf_state import tensor_bytes
@@ -87,9 +88,7 @@ class FoldedCache(Cache):
                     "Use states 'exact'",
                 )
             layers = [CodedStateLayer(x.number_of_states) if type(x) is LinearAttentionLayer else x for x in layers]
-        # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
-        counted = [i for i, x in enumerate(layers) if isinstance(x, CacheLayerMixin)]
-        self.guard = CallGuard(counted[-1] if counted else -1)
+        self.guard = CallGuard(-1)
         variant = variant_of(text.to_dict(), slides=False)
         own = self.spec.for_latents() if variant.latent else self.spec
         for i, layer in enumerate(layers):
@@ -100,7 +99,19 @@ class FoldedCache(Cache):
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         self.backend, self._softmax = backend, variant_of(text.to_dict(), slides=True)
         self._windows = windows_of(text, layers)  # until the first call decides whether they fold
+        self._last_readers = last_readers(text)
         super().__init__(layers=layers)
+        self._share()
+
+    def _share(self) -> None:
+        """Tell folded layers how many layers read them, and the guard which layer's storing ends a call."""
+        for i, (_, readers) in self._last_readers.items():
+            if isinstance(x := self.layers[i], PagedLayer):
+                x.readers = readers
+        # Linear layers store in ways the host does not report one by one, so a call ends with the last other layer.
+        ends = {i: i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin)}
+        ends |= {i: last for i, (last, _) in self._last_readers.items() if isinstance(self.layers[i], PagedLayer)}
+        self.guard.last = max(ends, key=ends.__getitem__, default=-1)
 
     def _settle_windows(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Fold sliding and chunked layers if they take less folded: all of them or none, since they share a mask.
@@ -118,6 +129,7 @@ class FoldedCache(Cache):
             for i, reach in windows.items():
                 variant = replace(self._softmax, reach=reach)
                 self.layers[i] = FoldedWindowLayer(spec, i, self.backend, self.guard, variant)
+            self._share()
 
     @property
     def paged_layers(self) -> list[PagedLayer]:
@@ -269,12 +281,14 @@ class FoldedCache(Cache):
 
     @property
     def reference_bytes(self) -> int:
-        """16 bits per key and value of the folded layers' tokens: what the ratio is against."""
-        return sum(
-            2 * s.length * s.ring_k.shape[0] * (s.ring_k.shape[2] + s.ring_v.shape[2])
-            for x in self.folded_layers
-            for s in x.folded.sequences
-        )
+        """16 bits per key and value of the folded layers' tokens, in windows of those read: what the ratio is against."""
+        total = 0
+        for x in self.paged_layers:
+            most = None if x.reach is None else x.reach.tokens
+            for s in x.folded.sequences:
+                kept = s.length if most is None else min(s.length, most)
+                total += 2 * kept * s.ring_k.shape[0] * (s.ring_k.shape[2] + s.ring_v.shape[2])
+        return total
 
     def report(self, model: Any = None) -> dict[str, Any]:
         """Bytes by layer and kind, tokens, bits per value, ratio to 16 bits; with a model, those of its weights, too."""
@@ -284,7 +298,7 @@ class FoldedCache(Cache):
                 layers.append({**(row := x.folded.report()), **_with_states(x, row["bytes"])})
             else:
                 layers.append({"layer": i, "kind": type(x).__name__, "bytes": tensor_bytes(x)})
-        folded_bytes = sum(x.folded.nbytes for x in self.folded_layers)
+        folded_bytes = sum(x.folded.nbytes for x in self.paged_layers)
         return {
             "profile": self.profile,
             "cache_bytes": self.nbytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import subprocess
 import time
@@ -67,19 +68,19 @@ def _row(c: Contender, times: dict[str, list[float]]) -> Row:
     return Row(c.name, median, p10, p90, ratio, c.data_bytes / median / 1e6, fraction)
 
 
-def _commit() -> str:
-    """The commit of the source tree this module lies in, with + if it has changes; empty outside a repository."""
+def commit() -> str:
+    """The commit of the source tree this module lies in, with + if it has changes; outside a repository, $KVFOLD_COMMIT."""
     here = Path(__file__).parent
     try:
-        commit = subprocess.run(
+        head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
         )
         changed = subprocess.run(
             ["git", "diff", "--quiet", "HEAD", "--", "src", "csrc"], cwd=here.parents[2], check=False
         )
     except (OSError, subprocess.CalledProcessError):
-        return ""
-    return commit.stdout.strip() + ("+" if changed.returncode else "")
+        return os.environ.get("KVFOLD_COMMIT", "")
+    return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
 def _processor() -> str:
@@ -98,7 +99,7 @@ def record(result: dict[str, object], path: Path) -> None:
     rows = result["rows"]
     common = {k: v for k, v in result.items() if k != "rows"}
     where = {
-        "commit": _commit(),
+        "commit": commit(),
         "machine": f"{_processor()}, {platform.system()} {platform.release()}",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
     }

@@ -158,10 +158,12 @@ class FoldedAttention:
         scale: float,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        store: bool = True,
     ) -> Tensor:
         """Attention of a call's queries [B, H * G, Q, D] over the past and the call itself; then append the call.
 
-        softcap, sink_logits [H * G]: as the layer's variant announces; Unsupported otherwise.
+        softcap, sink_logits [H * G]: as the layer's variant announces; Unsupported otherwise. store: False if others are still
+        to attend to the same call.
         """
         self.prepare(k, v)
         call = AttendRequest(q, k, v, scale, [], softcap, sink_logits)
@@ -181,7 +183,8 @@ class FoldedAttention:
             raise DtypeMismatch(f"layer {self.layer}: queries are {q.dtype}, keys {k.dtype}", "Use one dtype")
         self._check_finite(k, v, pads)
         out = self._attend(call, pads)
-        self._store(k, v, pads, call)
+        if store:
+            self._store(k, v, pads, call)
         return out
 
     def _widths(self, k: Tensor, v: Tensor) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,13 +17,18 @@ M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 def reserve(nbytes: int, device: torch.device) -> Tensor:
-    """Uninitialised uint8 that lives long. On the CPU it is mapped, not taken from malloc: a slab at the top of the heap
-    would keep every freed activation beneath it."""
+    """Uninitialised uint8 that lives long. On the CPU it is mapped, and takes memory as it is first written. Not taken from
+    malloc: a slab at the top of the heap would keep every freed activation beneath it."""
     if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     # Private: a forked process must not write into its parent's pages.
     how = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return torch.frombuffer(mmap.mmap(-1, mapped(nbytes, on_cpu=True), **how), dtype=torch.uint8)
+    memory = mmap.mmap(-1, mapped(nbytes, on_cpu=True), **how)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        # Where the system hands out 2 MB at a first write, what is taken would not be what was written.
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.memory import reserve
-from kvfold.cache.sizes import mapped, pool_bytes_at_most, slab_pages
+from kvfold.cache.sizes import mapped, pool_bytes_at_most, slab_rows
 from kvfold.engine.request import Runs
 
 
@@ -25,8 +25,10 @@ class PagePool:
     def __init__(self, page_bytes: int, device: torch.device, one_by_one: bool = False) -> None:
         """one_by_one: every page is a slab, so that what is held never depends on what was: for few pages that come and go."""
         self.page_bytes, self.device, self.one_by_one = page_bytes, device, one_by_one
+        self.on_cpu = device.type == "cpu"
         self._slabs: dict[int, Tensor] = {}  # id of a slab's first page -> its rows
         self._used: dict[int, int] = {}  # the same -> how many of them are in use
+        self._taken: dict[int, int] = {}  # the same -> how many take memory: on the CPU, those in use until now
         self._where: dict[int, tuple[int, int]] = {}  # page -> (slab, row)
         self._count: dict[int, int] = {}  # page -> references
         self._free: list[int] = []
@@ -45,10 +47,10 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Every byte of every slab, free rows included."""
+        """Every byte of every slab but, on the CPU, of rows that were never in use, free rows included."""
         with self._lock:
             self._drain()
-            return sum(s.untyped_storage().nbytes() for s in self._slabs.values())
+            return sum(mapped(n * self.page_bytes, self.on_cpu) for n in self._taken.values())
 
     @property
     def pages_used(self) -> int:
@@ -57,13 +59,11 @@ class PagePool:
             return sum(self._used.values())
 
     def _grow(self) -> None:
-        n = 1 if self.one_by_one else slab_pages(sum(self._used.values()))
-        memory = reserve(n * self.page_bytes, self.device)
-        n = 1 if self.one_by_one else len(memory) // self.page_bytes
-        slab = memory[: n * self.page_bytes].view(n, self.page_bytes)
+        n = 1 if self.one_by_one else slab_rows(sum(self._used.values()), self.page_bytes, self.on_cpu)
+        slab = reserve(n * self.page_bytes, self.device)[: n * self.page_bytes].view(n, self.page_bytes)
         first = self._next
         self._next += n
-        self._slabs[first], self._used[first] = slab, 0
+        self._slabs[first], self._used[first], self._taken[first] = slab, 0, 0 if self.on_cpu else n
         for row in range(n):
             self._where[first + row], self._count[first + row] = (first, row), 0
             heapq.heappush(self._free, first + row)
@@ -76,24 +76,32 @@ class PagePool:
                 self._grow()
             page = heapq.heappop(self._free)
             self._count[page] = 1
-            self._used[self._where[page][0]] += 1
+            slab, row = self._where[page]
+            self._used[slab] += 1
+            self._taken[slab] = max(self._taken[slab], row + 1)
             return page
 
     def growth(self, pages: int) -> int:
-        """Bytes of the slabs that allocating so many pages would add."""
+        """Bytes that allocating so many pages would add."""
         with self._lock:
             self._drain()
-            used, free, added = sum(self._used.values()), len(self._free), 0
+            rows, taken = sum(map(len, self._slabs.values())), sum(self._taken.values())
+            wanted, added = sum(self._used.values()) + pages, 0
             if self.one_by_one:
-                return max(0, pages - free) * mapped(self.page_bytes, on_cpu=self.device.type == "cpu")
-            while free < pages:
-                slab = mapped(slab_pages(used + free) * self.page_bytes, on_cpu=self.device.type == "cpu")
-                free, added = free + slab // self.page_bytes, added + slab
+                return max(0, wanted - rows) * mapped(self.page_bytes, self.on_cpu)
+            if wanted > taken < rows:  # only the newest slab has rows that take no memory yet
+                had = self._taken[max(self._taken)]
+                part = (had + min(wanted, rows) - taken, had)
+                added = sum(s * mapped(n * self.page_bytes, self.on_cpu) for s, n in zip((1, -1), part, strict=True))
+            while rows < wanted:
+                n = slab_rows(rows, self.page_bytes, self.on_cpu)
+                added += mapped((min(n, wanted - rows) if self.on_cpu else n) * self.page_bytes, self.on_cpu)
+                rows += n
             return added
 
     def at_most(self, pages: int) -> int:
         """Bytes that the slabs grow to while no more than `pages` are in use; at least what they have now."""
-        return max(self.nbytes, pool_bytes_at_most(pages, self.page_bytes, on_cpu=self.device.type == "cpu"))
+        return max(self.nbytes, pool_bytes_at_most(pages, self.page_bytes, self.on_cpu))
 
     def is_shared(self, page: int) -> bool:
         return page in self._digests
@@ -145,7 +153,7 @@ class PagePool:
             heapq.heapify(self._free)
             for p in gone:
                 del self._where[p], self._count[p]
-            del self._slabs[slab], self._used[slab]
+            del self._slabs[slab], self._used[slab], self._taken[slab]
 
     def references(self, page: int) -> int:
         return self._count[page]

@@ -9,48 +9,65 @@ from kvfold.codec.fields import state_bytes
 from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.engine.variant import Reach
 
-# A slab holds 1/64 of the pages there are, so free space stays within about 2 % of the pages in use.
+# Where a slab takes all its memory at once, it holds 1/64 of the pages there are: free space stays within about 2 % of them.
 SLACK = 64
 MIN_SLAB_PAGES = 4
 MAX_SLAB_PAGES = 256
+# On the CPU a slab takes memory row by row, as rows are first written. It can be large, which wastes less on rounding to the
+# system's pages, and must not be too large, for its rows go back to the system together: as many as there are pages, up to these.
+MIN_MAPPED_PAGES = 32
+MAX_MAPPED_BYTES = 1 << 23
 TABLE_ENTRY_BYTES = 8
 
 
 def mapped(nbytes: int, on_cpu: bool) -> int:
-    """What reserving `nbytes` takes: whole pages of the system's memory on the CPU, where slabs are mapped."""
+    """What writing `nbytes` of reserved memory takes: whole pages of the system's memory on the CPU, where slabs are mapped."""
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE if on_cpu else nbytes
 
 
-def slab_pages(used: int) -> int:
+def slab_pages(used: int, page_bytes: int, on_cpu: bool) -> int:
     """Pages that the next slab of a pool asks for when `used` are in use and none is free."""
-    return min(MAX_SLAB_PAGES, max(MIN_SLAB_PAGES, used // SLACK))
+    if not on_cpu:
+        return min(MAX_SLAB_PAGES, max(MIN_SLAB_PAGES, used // SLACK))
+    most = max(MIN_MAPPED_PAGES, min(MAX_SLAB_PAGES, _power_of_two(MAX_MAPPED_BYTES // page_bytes)))
+    return min(most, max(MIN_MAPPED_PAGES, _power_of_two(used)))
+
+
+def _power_of_two(n: int) -> int:
+    """The largest up to n, or 0. So many rows of whole 16 bytes round to few system pages, 256 of them to none."""
+    return 1 << n.bit_length() >> 1
+
+
+def slab_rows(used: int, page_bytes: int, on_cpu: bool) -> int:
+    """Rows of the next slab: what was asked for, and what else rounding leaves room for."""
+    return mapped(slab_pages(used, page_bytes, on_cpu) * page_bytes, on_cpu) // page_bytes
 
 
 def pool_bytes(pages: int, page_bytes: int, on_cpu: bool) -> int:
     """Bytes of a pool that grew to `pages` pages in use without ever giving one back."""
     rows = total = 0
     while rows < pages:
-        slab = mapped(slab_pages(rows) * page_bytes, on_cpu)
-        # Once slabs have their full size, the rest are alike.
-        n = -(-(pages - rows) // (slab // page_bytes)) if slab_pages(rows) == MAX_SLAB_PAGES else 1
-        rows += n * (slab // page_bytes)
-        total += n * slab
+        n = slab_rows(rows, page_bytes, on_cpu)
+        # On the CPU the last slab has taken what its first rows need.
+        total += mapped(min(n, pages - rows) * page_bytes, on_cpu) if on_cpu else n * page_bytes
+        rows += n
     return total
 
 
 def pool_bytes_at_most(pages: int, page_bytes: int, on_cpu: bool) -> int:
     """Bytes that a pool grows to while at most `pages` pages are in use, whatever is given back in between: it grows only
-    when no row is free."""
+    when no row is free, and writes a row for the first time only when no other is free."""
     if not pages:
         return 0
-    rows = pages - 1 + mapped(slab_pages(pages - 1) * page_bytes, on_cpu) // page_bytes
-    return rows * _row_bytes(page_bytes, on_cpu)
+    if on_cpu:
+        return mapped(pages * _row_bytes(page_bytes), on_cpu)
+    return (pages - 1 + slab_rows(pages - 1, page_bytes, on_cpu)) * page_bytes
 
 
 @functools.cache
-def _row_bytes(page_bytes: int, on_cpu: bool) -> int:
-    """The most that a row takes of a slab of any size, mapping included."""
-    slabs = [mapped(n * page_bytes, on_cpu) for n in range(MIN_SLAB_PAGES, MAX_SLAB_PAGES + 1)]
+def _row_bytes(page_bytes: int) -> int:
+    """The most that a row takes of a slab of any size on the CPU, rounding included."""
+    slabs = [mapped(n * page_bytes, on_cpu=True) for n in range(MIN_MAPPED_PAGES, MAX_SLAB_PAGES + 1)]
     return max(-(-slab // (slab // page_bytes)) for slab in slabs)
 
 

@@ -34,7 +34,7 @@ def bench(
     result: dict[str, Any] = run(
         op,
         device=device,
-        context=common.numbers([context], "--context", whole=True)[0],
+        context=common.one_number(context, "--context"),
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

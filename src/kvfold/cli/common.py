@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +39,7 @@ def numbers(values: list[str], what: str, whole: bool) -> list[Any]:
     return out
 
 
+PICTURES = (".png", ".svg", ".pdf")
 SIZE_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 SIZE_UNITS |= {f"{u}i": 1024**i for i, u in enumerate("kmgt", 1)}
 
@@ -47,6 +50,25 @@ def size(text: str, what: str) -> int:
     if not match or match[2] not in SIZE_UNITS:
         raise InvalidConfig(f"{text!r} is not a size for {what}", f"Write {what} as 24GiB, 16GB or 512MiB")
     return int(float(match[1]) * SIZE_UNITS[match[2]])
+
+
+def one_number(text: str, what: str) -> int:
+    """`32k` to a whole number, of which there may be only one."""
+    found = numbers([text], what, whole=True)
+    if len(found) != 1:
+        raise InvalidConfig(f"{what} is {len(found)} numbers", f"Write {what} as one, such as 32k")
+    return int(found[0])
+
+
+def check_output(path: Path | None, option: str, suffixes: tuple[str, ...] = ()) -> None:
+    """Raise InvalidConfig if a file cannot be written there, before the work that fills it is done."""
+    if path is None:
+        return
+    if suffixes and path.suffix not in suffixes:
+        raise InvalidConfig(f"{path} is no name for {option}", f"Let it end with one of: {', '.join(suffixes)}")
+    there = path if path.exists() else path.parent
+    if path.is_dir() or not there.exists() or not os.access(there, os.W_OK):
+        raise InvalidConfig(f"{path} cannot be written", f"Give {option} a file in a folder that you may write to")
 
 
 def as_size(nbytes: int) -> str:

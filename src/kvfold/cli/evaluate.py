@@ -29,7 +29,7 @@ def demo(
     from kvfold.evaluation.demo import run
 
     with common.progress("reading a long document twice") as report:
-        result = run(profile, common.numbers([context], "--context", whole=True)[0], report)
+        result = run(profile, common.one_number(context, "--context"), report)
     if json:
         common.show_json(result)
         return
@@ -81,7 +81,9 @@ def eval_(
     states: Annotated[str | None, typer.Option(help="Recurrent states of hybrids: exact, or int8.")] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(help="Other caches to measure too, such as hf-quanto-4,kivi-2,rotated-q4,turboquant-3."),
+        typer.Option(
+            help="Other caches to measure too, such as hf-quanto-4,kivi-2,rotated-q4,turboquant-3; or profiles."
+        ),
     ] = None,
     legs: Annotated[
         str | None,
@@ -244,6 +246,7 @@ def needle(
     lengths = common.numbers([contexts, *(more or [])], "--contexts", whole=True)
     if min(lengths) < 1:
         raise InvalidConfig("a context has no tokens", "Use 2048 tokens or more")
+    common.check_output(plot, "--plot", common.PICTURES)
     specs = {name.strip(): load_profile(name.strip()).spec for name in profile.split(",")}
     loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, chat_template, offline))
     from kvfold.evaluation.needle import grid
@@ -271,7 +274,7 @@ def memory(
     """Peak memory of prefill and 64 steps, beyond model and activations: no cache, 16-bit and folded, a process each."""
     from kvfold.evaluation.memory import measure
 
-    result = measure(model, common.numbers([context], "--context", whole=True)[0], load_profile(profile).name)
+    result = measure(model, common.one_number(context, "--context"), load_profile(profile).name)
     if json:
         common.show_json(result)
         return

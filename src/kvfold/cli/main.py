@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> Any:
     except MemoryError:
         _fail("OutOfMemory", "there is not enough memory", "Use a shorter context or a smaller profile", as_json)
         code = EXIT_FAILED
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = None
+        code = EXIT_FAILED
     except Exception as error:  # noqa: BLE001 - the process edge: report, show the trace, exit non-zero
         if isinstance(error, UsageErrors):
             _fail("UsageError", str(error.format_message()).rstrip("."), "See kvfold --help", as_json)
@@ -61,6 +64,9 @@ def main(arguments: list[str] | None = None) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRA_OF:
             missing = MissingExtra.of("this command", error.name, EXTRA_OF[error.name])
             _fail("MissingExtra", missing.message, missing.cure, as_json)
+            sys.exit(EXIT_FAILED)
+        if isinstance(error, OSError) and error.filename is not None:
+            _fail(type(error).__name__, f"{error.filename}: {error.strerror}", "Check the path and the disk", as_json)
             sys.exit(EXIT_FAILED)
         traceback.print_exc(file=sys.stderr)
         _fail(

@@ -10,13 +10,14 @@ import typer
 
 from kvfold.cli import common
 from kvfold.errors import InvalidConfig
-from kvfold.loading import Described, Options, describe
+from kvfold.loading import Described, Options, check_device, describe
 from kvfold.planner.fit import fitted
 from kvfold.planner.model import Model
 from kvfold.planner.plan import Setting
 from kvfold.profiles import levels, load
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MOST_BITS = 64  # of a weight
 BAR = 40  # characters of the longest bar
 
 
@@ -24,6 +25,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="Folder, config.json, GGUF file, hub id, or demo.")],
     context: Annotated[str, typer.Option(help="Tokens per session, such as 128k; default: the model's longest.")] = "",
     sessions: Annotated[int, typer.Option(min=1, help="Sessions at once, each with a cache of its own.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of each cache, read together.")] = 1,
     profile: common.ProfileName = "balanced",
     memory: Annotated[
         str | None, typer.Option(help="Memory to plan for, such as 24GiB; default: this machine's.")
@@ -45,11 +47,13 @@ def plan(
     json: common.Json = False,
 ) -> None:
     """Bytes of a context by layer and kind, from the config alone: what fits, and what binds."""
-    if dtype is not None and dtype not in DTYPES:
-        raise InvalidConfig(f"unknown dtype {dtype!r}", f"Use one of: {', '.join(DTYPES)}")
+    _check(dtype, weights_bits, device, plot)
     described = describe(model, Options(revision, trust_remote_code=trust_remote_code, offline=offline))
     budget = _budget(memory, fits)
     tokens = _context(context, described.model)
+    known = described.weights is not None
+    if not known:
+        typer.echo(f"kvfold: the weights of {model} are not known and not in the total", err=True)
 
     def of(name: str) -> dict[str, Any]:
         setting = Setting(
@@ -61,8 +65,10 @@ def plan(
             backend=backend,
             device=device or "cpu",
             prefill_tokens=prefill_tokens,
+            rows=batch,
         )
-        return {"model": described.model.name, "profile": name, **fitted(described.model, setting, budget)}
+        head = {"model": described.model.name, "profile": name, "weights_known": known}
+        return {**head, **fitted(described.model, setting, budget)}
 
     if compare or plot is not None:
         rows = [{k: x for k, x in of(name).items() if k != "layers"} for name in levels()]
@@ -75,6 +81,19 @@ def plan(
         _show(of(profile), json, asked=fits is not None)
 
 
+def _check(dtype: str | None, weights_bits: float | None, device: str | None, plot: Path | None) -> None:
+    """Raise for options that cannot be, before anything is read."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidConfig(f"unknown dtype {dtype!r}", f"Use one of: {', '.join(DTYPES)}")
+    if weights_bits is not None and not 0 < weights_bits <= MOST_BITS:
+        raise InvalidConfig(
+            f"there are no {weights_bits:g} bits per weight", "Give --weights-bits a number such as 4.5"
+        )
+    if device not in (None, "cpu"):
+        check_device(str(device))
+    common.check_output(plot, "--plot", common.PICTURES)
+
+
 def _budget(memory: str | None, fits: str | None) -> int:
     if memory is not None and fits is not None and common.size(memory, "--memory") != common.size(fits, "--fits"):
         raise InvalidConfig("--memory and --fits name different sizes", "Give one of them")
@@ -85,7 +104,7 @@ def _budget(memory: str | None, fits: str | None) -> int:
 
 def _context(context: str, model: Model) -> int:
     if context:
-        return int(common.numbers([context], "--context", whole=True)[0])
+        return common.one_number(context, "--context")
     if model.max_context is None:
         raise InvalidConfig("this config names no longest context", "Give --context")
     return model.max_context

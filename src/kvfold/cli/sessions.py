@@ -212,7 +212,7 @@ def restore(
     """Measure: restoring a session against computing it again, and its files against its memory."""
     from kvfold.sessions.measure import restore as measure
 
-    result = measure(load(model, Options(dtype=dtype)), common.numbers([context], "--context", whole=True)[0], profile)
+    result = measure(load(model, Options(dtype=dtype)), common.one_number(context, "--context"), profile)
     if json:
         common.show_json(result)
     else:
@@ -230,7 +230,7 @@ def crowd(
     """Measure: long sessions of a model shaped like a 4B hybrid under one memory budget, on synthetic pages."""
     from kvfold.sessions.measure import crowd as measure
 
-    result = measure(sessions, common.numbers([context], "--context", whole=True)[0], memory, profile)
+    result = measure(sessions, common.one_number(context, "--context"), memory, profile)
     if json:
         common.show_json(result)
     else:

@@ -52,8 +52,7 @@ def tune(
 ) -> None:
     """The smallest profile that loses no more than is allowed, or the closest that fits, on your model and your text; or
     with --tuned a level's own bits, shared out among the channels of your model."""
-    if output is not None and output.suffix != ".toml":
-        raise InvalidConfig(f"{output} does not end with .toml", "Name the file something.toml")
+    common.check_output(output, "--output", (".toml",))
     limits = Tolerance(0.005 if max_kld is None else max_kld, 0.95 if min_top1 is None else min_top1)
     room = _room(memory, context)
     level = _level(tuned, output, (max_kld, min_top1, memory))
@@ -91,7 +90,7 @@ def _room(memory: str | None, context: str | None) -> tuple[int | None, int] | N
         if context is not None:
             raise InvalidConfig("--context is for --memory", "Give both")
         return None
-    tokens = common.numbers([context], "--context", whole=True)[0] if context is not None else None
+    tokens = common.one_number(context, "--context") if context is not None else None
     return tokens, common.size(memory, "--memory")
 
 

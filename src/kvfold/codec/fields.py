@@ -26,7 +26,7 @@ def split_dims(dim: int) -> tuple[int, int]:
         raise UnsupportedHeadDim(
             f"codec 'split' needs a head_dim that is a multiple of {OUTLIER_SHARE} and at least "
             f"{OUTLIER_SHARE * MIN_HEAD_DIM}, not {dim}",
-            "Use codec 'mse'",
+            "Use codec 'mse', such as profile 'turbo-3' has it",
         )
     return dim // OUTLIER_SHARE, dim - dim // OUTLIER_SHARE
 
@@ -75,7 +75,7 @@ def fields(spec: SideSpec, dim: int, value_bytes: int = 2) -> tuple[Field, ...]:
         if dim % POLAR_BLOCK:
             raise UnsupportedHeadDim(
                 f"codec 'polar' works on blocks of {POLAR_BLOCK} coordinates, and head_dim {dim} is no multiple",
-                "Use codec 'mse'",
+                "Use codec 'mse', such as profile 'turbo-3' has it",
             )
         return (
             Field("outer", "codes", POLAR_BITS[0], dim // 2),
@@ -86,7 +86,7 @@ def fields(spec: SideSpec, dim: int, value_bytes: int = 2) -> tuple[Field, ...]:
         if dim % TRELLIS_MULTIPLE:
             raise UnsupportedHeadDim(
                 f"codec 'trellis' needs a head_dim that is a multiple of {TRELLIS_MULTIPLE}, not {dim}",
-                "Use codec 'mse'",
+                "Use codec 'mse', such as profile 'turbo-3' has it",
             )
         widths = trellis.code(spec.bits).widths
         symbols = (

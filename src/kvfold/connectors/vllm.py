@@ -32,6 +32,7 @@ from kvfold.adapters.vllm import chosen_spec
 from kvfold.config import PAGE_TOKENS
 from kvfold.connectors.prefixes import PrefixFolder
 from kvfold.connectors.vllm_layers import Held, StoredLayer, model_key, stored_layers
+from kvfold.engine.cuda import pooled
 from kvfold.errors import DamagedSession, InvalidConfig, Unsupported
 from kvfold.sessions.segments import Tensors
 
@@ -137,6 +138,7 @@ class FoldedConnector(KVConnectorBase_V1, SupportsHMA):
     # --- the workers'
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pooled.join()
         for load in self._get_connector_metadata().loads:
             pieces = self.folders[0].find(load.tokens, len(load.tokens) // PAGE_TOKENS)
             if not pieces or pieces[-1].tokens < len(load.tokens):
@@ -151,6 +153,7 @@ class FoldedConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing: `wait_for_save` saves all."""
 
     def wait_for_save(self) -> None:
+        pooled.join()
         folder = self.folders[0]
         for save in self._get_connector_metadata().saves:
             first = _end(folder, save.tokens) // PAGE_TOKENS

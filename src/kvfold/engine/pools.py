@@ -6,8 +6,8 @@ of a step, so it is described once, in numbers (`PooledCall`), and each layer br
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class PooledCall:
     folded: [n] tokens read through pages. recent_table: blocks of the exact tokens folded ... folded + recent - 1,
     recent_start [n + 1] tells sequences apart. sink_block: [n] block whose first tokens are the sequence's first ones, read
     exactly if folded > 0. runs: (first sequence, sequences, new tokens of each), stretches of equally long calls.
+    made: what the first layer made of all this on a device, for those after it.
     """
 
     token_start: NDArray[np.int64]
@@ -57,6 +58,17 @@ class PooledCall:
     recent: NDArray[np.int64]
     sink_block: NDArray[np.int64]
     runs: list[tuple[int, int, int]]
+    made: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class PooledFold:
+    """Pages to fold. keys, values [P, H, 128, D]. first: page 0 is among them, at 0. numbers: [P] where they go."""
+
+    keys: Tensor
+    values: Tensor
+    first: bool
+    numbers: NDArray[np.int64]
 
 
 class Attends(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
+from kvfold import profiles
 from kvfold.adapters.hf_state import tensors_of
 from kvfold.adapters.hf_transformers import FoldedCache
 from kvfold.codec.peers import Kivi, Peer, RotatedQ4
@@ -54,11 +55,13 @@ class Folded:
         return FoldedCache(self.config, spec=self.spec)
 
     def exact_tokens(self, cache: FoldedCache) -> int:
-        sequences = cache.folded_layers[0].folded.sequences
+        """Of the first layer that folds; windows fold from their first call on, or not at all."""
+        layers = [*cache.folded_layers, *cache.paged_layers]
+        sequences = layers[0].folded.sequences if layers else []
         return sequences[0].exact_tokens if sequences else 0
 
     def sizes(self, cache: FoldedCache) -> dict[str, float | int]:
-        layers = [x["bits_per_value"] for x in cache.report()["layers"] if x["kind"] == "folded"]
+        layers = [x["bits_per_value"] for x in cache.report()["layers"] if "bits_per_value" in x]
         return {
             "bits_per_value": sum(layers) / len(layers) if layers else 16.0,
             "cache_bytes": cache.nbytes,
@@ -197,8 +200,8 @@ BASELINES = ("hf-quanto-4", "hf-quanto-2", "hf-hqq-4", "kivi-2", "rotated-q4", "
 
 
 def baseline(name: str, config: Any, seed: int = 1) -> Contender:
-    """The contender of that name for a model's config. Raises InvalidConfig for other names, MissingExtra if its package
-    is not installed."""
+    """The contender of that name, or the profile of that name, for a model's config. Raises InvalidConfig for other names,
+    MissingExtra if its package is not installed."""
     if name in ("hf-quanto-4", "hf-quanto-2"):
         return _quanto(name, config, int(name[-1]))
     if name == "hf-hqq-4":
@@ -207,4 +210,6 @@ def baseline(name: str, config: Any, seed: int = 1) -> Contender:
         return Simulated(name, config, seed)
     if name == "turboquant-3":
         return _turboquant(name, config, seed)
-    raise InvalidConfig(f"there is no baseline {name!r}", f"Use some of: {', '.join(BASELINES)}")
+    if name in profiles.names():
+        return Folded(name, config, replace(profiles.load(name).spec, seed=seed))
+    raise InvalidConfig(f"there is no baseline {name!r}", f"Use some of: {', '.join(BASELINES)}, or profiles")

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kvfold.errors import EvaluationError
 from kvfold.loading import describe
 from kvfold.planner.model import FLOAT32_BYTES
 from kvfold.planner.plan import Setting, plan
@@ -26,14 +27,21 @@ WARM_TOKENS = PREFILL_TOKENS  # libraries take what they need, and keep it, with
 def peak(kind: str, source: str, context: int, profile: str) -> dict[str, int]:
     """Run in a fresh process: peak resident bytes with `kind` of cache (none, stock or folded), and the cache's bytes."""
     command = [sys.executable, "-m", __name__, kind, source, str(context), profile]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise EvaluationError(f"the process with {kind} cache ended with: {last}", "Try the model with kvfold generate")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(source: str, context: int, profile: str) -> dict[str, float | int]:
     """What each cache needs beyond model and activations, in bytes and as shares of the 16-bit cache."""
+    if context < 1:
+        raise EvaluationError(f"a prompt of {context} tokens needs no memory", "Use 2048 tokens or more")
+    load_profile(profile), describe(source)  # what cannot be is said before processes start
     none, stock, folded = (peak(kind, source, context, profile) for kind in ("none", "stock", "folded"))
-    reference = folded["reference_bytes"]
+    # Where nothing folds, shares are of what is kept all the same.
+    reference = folded["reference_bytes"] or folded["cache_bytes"]
     beyond = {k: r["peak"] - none["peak"] for k, r in (("stock", stock), ("folded", folded))}
     return {
         "context": context,

@@ -14,7 +14,10 @@ from kvfold.planner.states import conv_state, linear_width, running_state
 Config = Mapping[str, Any]
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
-CONTEXTS = ("max_position_embeddings", "model_max_length", "n_positions", "max_sequence_length", "seq_length")
+CONTEXTS = (
+    *("max_position_embeddings", "model_max_length", "n_positions", "max_sequence_length", "seq_length"),
+    "max_target_positions",  # of Whisper
+)
 MLP_WIDTHS = ("intermediate_size", "block_ff_dim", "ffn_hidden_size", "ffn_dim", "n_inner")
 DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "float64": 8}
 # Names of layer types in configs to the planner's kinds.

@@ -21,7 +21,8 @@ SLIDING = ("sliding", "chunked")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is planned for. dtype_bytes: of the model's keys; None: as its config says. prefill_tokens: of one call."""
+    """What is planned for. sessions: caches. rows: of each cache, a batch. dtype_bytes: of the model's keys; None: as its config
+    says. prefill_tokens: of each row in one call."""
 
     spec: CacheSpec
     context: int
@@ -31,26 +32,26 @@ class Setting:
     backend: str = "auto"
     device: str = "cpu"
     prefill_tokens: int = 2048
+    rows: int = 1
 
 
 @functools.cache
-def attention_bytes(
-    spec: CacheSpec, a: Attention, folds: bool, tokens: int, dtype_bytes: int, backend: str, device: str, layer: int = 0
-) -> int:
-    """What one sequence of one layer allocates for keys and values, after steps of one token."""
+def attention_bytes(s: Setting, a: Attention, folds: bool, dtype_bytes: int, layer: int = 0) -> int:
+    """What one layer of one cache allocates for keys and values, after steps of one token."""
+    spec, tokens, rows = s.spec, s.context, s.rows
     if not folds:
         beside = 0 if a.window is None else WINDOW_TENSOR_BYTES
-        return min(tokens, a.window or tokens) * a.values * dtype_bytes + beside
+        return rows * min(tokens, a.window or tokens) * a.values * dtype_bytes + beside
     spec, reach = spec_of(spec, a), a.variant.reach
-    page_bytes, _ = page_of(spec, a, dtype_bytes, backend, device, layer)
+    page_bytes, _ = page_of(spec, a, dtype_bytes, s.backend, s.device, layer)
     pages = spec.folded_tokens(tokens) // PAGE_TOKENS
     if reach is not None:
-        paged = sizes.window_bytes(spec, reach, tokens, page_bytes, device == "cpu")
+        paged = rows * sizes.window_bytes(spec, reach, tokens, page_bytes, s.device == "cpu")
     else:
-        paged = sizes.pool_bytes(pages, page_bytes, device == "cpu") + sizes.TABLE_ENTRY_BYTES * pages
+        paged = sizes.pool_bytes(rows * pages, page_bytes, s.device == "cpu") + sizes.TABLE_ENTRY_BYTES * rows * pages
     exact = sizes.exact_bytes(spec, a.kv_heads, a.key_dim + a.value_dim, dtype_bytes)
     frozen = state_bytes(spec.key, a.kv_heads, a.key_dim) + state_bytes(spec.value, a.kv_heads, a.value_dim)
-    return paged + exact + (frozen if pages else 0)
+    return paged + rows * (exact + (frozen if pages else 0))
 
 
 @functools.cache
@@ -80,12 +81,12 @@ def _row(model: Model, s: Setting, i: int, layer: Layer) -> dict[str, Any]:
         windows = layer.kind in SLIDING and windows_fold(model, s.spec, dtype_bytes, s.backend, s.device)
         row["folds"] = layer.kind in FOLDING or windows
         tuned = i if TUNED in (s.spec.key.codec, s.spec.value.codec) else 0  # other layers of a shape are alike
-        each = attention_bytes(s.spec, a, row["folds"], s.context, dtype_bytes, s.backend, s.device, tuned)
-        row["bytes"] = s.sessions * each
+        row["bytes"] = s.sessions * attention_bytes(s, a, row["folds"], dtype_bytes, tuned)
         if row["folds"]:
             _, row["backend"] = page_of(s.spec, a, dtype_bytes, s.backend, s.device, tuned)
-        row["reference_bytes"] = s.sessions * min(s.context, a.window or s.context) * a.values * REFERENCE_BYTES
-    row["state_bytes"] = s.sessions * sum(x.bytes_as(s.spec.states, dtype_bytes) for x in layer.states)
+        kept = s.sessions * s.rows * min(s.context, a.window or s.context)
+        row["reference_bytes"] = kept * a.values * REFERENCE_BYTES
+    row["state_bytes"] = s.sessions * s.rows * sum(x.bytes_as(s.spec.states, dtype_bytes) for x in layer.states)
     return row
 
 
@@ -96,11 +97,13 @@ def plan(model: Model, setting: Setting) -> dict[str, Any]:
     engines = {r["backend"] for r in rows}
     if any(r["folds"] and r["kind"] in SLIDING for r in rows):
         engines.add("torch")  # by way of which prefill reads windows
-    workspace = workspace_bytes(model, setting.prefill_tokens, setting.dtype_bytes or model.dtype_bytes, engines)
+    dtype_bytes = setting.dtype_bytes or model.dtype_bytes
+    workspace = workspace_bytes(model, setting.prefill_tokens, setting.rows, dtype_bytes, engines)
     common = total["state_bytes"] + setting.weights_bytes + workspace
     return {
         "context": setting.context,
         "sessions": setting.sessions,
+        "batch": setting.rows,
         "reference_bytes": total["reference_bytes"],
         "folded_bytes": total["bytes"],
         "ratio": total["reference_bytes"] / total["bytes"],

@@ -23,10 +23,10 @@ class Weights:
 
 
 def of_folder(folder: Path) -> Weights | None:
-    """Of the safetensors files in a folder, None if there are none."""
+    """Of the safetensors files in a folder that transformers would load, None if there are none."""
     total = parameters = 0
     packed = False
-    files = sorted(folder.glob("*.safetensors"))
+    files = _files(folder)
     for file in files:
         for name, tensor in _header(file).items():
             if name == "__metadata__":
@@ -38,15 +38,40 @@ def of_folder(folder: Path) -> Weights | None:
     return Weights(total, None if packed else parameters) if files else None
 
 
+def _files(folder: Path) -> list[Path]:
+    """The one file, those that the index names, or all there are. Folders may hold the same weights a second time in another
+    layout, and adapters."""
+    if (one := folder / "model.safetensors").is_file():
+        return [one]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        files = [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is not an index of weights", "Check that the download is complete") from error
+    if missing := [x.name for x in files if not x.is_file()]:
+        raise ModelError(f"{folder} lacks {missing[0]}, which its index names", "Check that the download is complete")
+    return files
+
+
 def _header(file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
     with file.open("rb") as f:
         start = f.read(8)
-        if len(start) == 8:
-            raw = f.read(struct.unpack("<Q", start)[0])
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length <= size - 8:
             try:
-                return dict(json.loads(raw))
-            except ValueError:
+                header = dict(json.loads(f.read(length)))
+                stop = max((x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"), default=0)
+            except (ValueError, TypeError, KeyError, IndexError):
                 pass
+            else:
+                if 8 + length + stop <= size:
+                    return header
+                raise ModelError(f"{file} is cut short", "Check that the download is complete")
     raise ModelError(f"{file} is not a safetensors file", "Check that the download is complete")
 
 
@@ -58,7 +83,7 @@ def of_gguf(file: Path) -> tuple[dict[str, Any], Weights]:
         raise MissingExtra.of(f"reading {file.name}", "gguf", "gguf") from error
     try:
         reader = GGUFReader(file)
-    except ValueError as error:
+    except (ValueError, IndexError, KeyError) as error:
         raise ModelError(f"{file} is not a GGUF file ({error})", "Check that the download is complete") from error
     metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     parameters = sum(int(t.n_elements) for t in reader.tensors)

@@ -18,14 +18,15 @@ LINEAR_TENSORS = 17  # of the chunked delta rule in torch: inputs, their copies 
 ENGINE_BYTES = {"torch": 16 << 20, "cpu": 4 << 20}  # blocks of decoded pages and scores
 
 
-def workspace_bytes(model: Model, tokens: int, dtype_bytes: int, engines: set[str]) -> int:
-    """Of a call of `tokens` tokens of one sequence, in bytes; logits of one position included. engines: those that run."""
+def workspace_bytes(model: Model, tokens: int, rows: int, dtype_bytes: int, engines: set[str]) -> int:
+    """Of a call of `tokens` tokens of each of `rows` sequences, in bytes; logits of one position included. engines: those that
+    run."""
     mlp = MLP_TENSORS * model.mlp_width * dtype_bytes
     attention = max(_attention(model, a, dtype_bytes) for x in model.layers if (a := x.attention) is not None)
     linear = LINEAR_TENSORS * model.linear_width * FLOAT32_BYTES
     per_token = RESIDUALS * model.hidden * dtype_bytes + max(mlp, attention, linear)
     engine = max((ENGINE_BYTES.get(name, 0) for name in engines), default=0)
-    return tokens * per_token + model.vocabulary * (dtype_bytes + FLOAT32_BYTES) + engine
+    return rows * (tokens * per_token + model.vocabulary * (dtype_bytes + FLOAT32_BYTES)) + engine
 
 
 def _attention(model: Model, a: Attention, dtype_bytes: int) -> int:

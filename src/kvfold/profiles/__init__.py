@@ -97,8 +97,8 @@ def _with_bases(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     from kvfold.codebook.basis import read
 
     digest = read(folder / str(name))
-    sides = {s: {**content[s], "basis": digest} for s in ("key", "value") if content.get(s, {}).get("codec") == TUNED}
-    return content | sides
+    sides = [s for s in ("key", "value") if isinstance(x := content.get(s), dict) and x.get("codec") == TUNED]
+    return content | {s: {**content[s], "basis": digest} for s in sides}
 
 
 def parsed(name: str, content: dict[str, Any]) -> Profile:
@@ -118,6 +118,8 @@ def parsed(name: str, content: dict[str, Any]) -> Profile:
         raise InvalidConfig(
             f"profile {name!r} has an unknown key or lacks one ({error})", "Compare it with the other profiles"
         ) from error
+    except InvalidConfig as error:
+        raise type(error)(f"profile {name!r}: {error.message}", error.cure) from error
     return Profile(name, purpose, spec, limits, base, **measured)
 
 

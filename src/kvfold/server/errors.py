@@ -41,6 +41,17 @@ CHOICES = {
     "content": "a text, or a list of parts of type text",
     "stop": "a text, or a list of texts",
 }
+# Parameters of which one value is implemented, and what to do instead of another.
+ONE_VALUE = {
+    "n": "one answer per request; send several requests, which share what was read",
+    "best_of": "one answer per request; send several requests, which share what was read",
+    "tools": "tool calls are not supported; leave it out and describe them in the messages",
+    "tool_choice": "tool calls are not supported; leave it out",
+    "response_format": "answers are plain text; ask for a format in the messages",
+    "modalities": "answers are plain text",
+    "echo": "answers are without the prompt",
+    "suffix": "texts are continued, not filled in",
+}
 BRANCHES = ("str", "constrained-str")
 MAX_NAME = 100  # characters of an unknown parameter that are sent back
 CODE_OF_STATUS = {401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
@@ -105,6 +116,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
             whole = ".".join(where[: at + 1])
             return ApiError(400, "invalid_value", f"{whole}: use {CHOICES[field]}", whole)
     name = ".".join(where) or None
+    if where and (instead := ONE_VALUE.get(where[0])):
+        return ApiError(400, "invalid_value", f"{name}: {instead}", name)
     if first["type"] == "model_attributes_type" and name is None:
         return ApiError(400, "invalid_value", "the body is not a JSON object sent with Content-Type: application/json")
     if first["type"] == "json_invalid":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,9 +10,11 @@ from kvfold.adapters.vllm.step import Fold, Step
 from kvfold.cache.layer import AttendingEngine
 from kvfold.config import PAGE_TOKENS
 from kvfold.engine import pools
-from kvfold.engine.cpu import pooled
+from kvfold.engine.cpu import pooled as on_cpu
 from kvfold.engine.cpu.engine import CpuEngine
-from kvfold.engine.pools import Pools
+from kvfold.engine.cuda import pooled as on_cuda
+from kvfold.engine.cuda.engine import CudaEngine
+from kvfold.engine.pools import PooledFold, Pools
 
 
 class PooledLayer:
@@ -19,41 +22,67 @@ class PooledLayer:
 
     def __init__(self, engine: AttendingEngine, memory: Pools) -> None:
         self.engine, self.memory = engine, memory
+        self.folding = on_cuda.Folding(engine) if isinstance(engine, CudaEngine) else None
 
     def run(self, step: Step, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
-        """q, out [tokens, H * G, D], k, v [tokens, H, D]; writes out. Raises NonFiniteInput for tokens that cannot be folded."""
+        """q, out [tokens, H * G, D], k, v [tokens, H, D]; writes out. Raises NonFiniteInput for tokens that cannot be folded,
+        on a GPU in the layer's next call."""
+        if self.folding is not None:
+            self.folding.settle()
         self._store(step, k, v)
-        for fold in step.folds:
-            self._fold(fold, k, v)
+        self._fold(step, k, v)
         if isinstance(self.engine, CpuEngine):
-            pooled.attend(self.engine, self.memory, step.reads, q, k, v, scale, out)
+            on_cpu.attend(self.engine, self.memory, step.reads, q, k, v, scale, out)
+        elif isinstance(self.engine, CudaEngine):
+            on_cuda.attend(self.engine, self.memory, step.reads, q, k, v, scale, out)
         else:
             pools.attend(self.engine, self.memory, step.reads, q, k, v, scale, out)
 
     def _store(self, step: Step, k: Tensor, v: Tensor) -> None:
-        token, block, slot = (torch.from_numpy(x).to(k.device) for x in (step.token, step.block, step.slot))
-        dim = k.shape[-1]
-        exact = self.memory.exact
-        exact[block, :, slot, :dim] = k[token]
-        exact[block, :, slot, dim:] = v[token]
+        made = step.reads.made
+        if "store" not in made:
+            made["store"] = [torch.from_numpy(x).to(k.device) for x in (step.token, step.block, step.slot)]
+        token, block, slot = made["store"]
+        if len(token) == len(k):  # all of them, in order
+            self.memory.exact[block, :, slot] = torch.cat([k, v], dim=-1)
+        else:
+            self.memory.exact[block, :, slot] = torch.cat([k[token], v[token]], dim=-1)
 
-    def _fold(self, fold: Fold, k: Tensor, v: Tensor) -> None:
-        count, first = len(fold.numbers), fold.starts_sequence
-        rows = [self.memory.row(n) for n in fold.numbers.tolist()]
-        token = fold.token
-        if fold.head_tokens:
-            # The page began in earlier steps: together with their exact tokens it is folded by itself.
-            token += PAGE_TOKENS - fold.head_tokens
-            head = self.memory.tokens(fold.head, fold.head_tokens)
-            keys, values = (
-                torch.cat([h, x[fold.token : token].transpose(0, 1)], dim=1)[None]
-                for h, x in zip(head, (k, v), strict=True)
-            )
-            self.engine.fold(keys, values, first, rows[:1], (None, None))
-            count, first, rows = count - 1, False, rows[1:]
-        if count:
-            keys, values = (
-                x[token : token + count * PAGE_TOKENS].unflatten(0, (count, PAGE_TOKENS)).transpose(1, 2)
-                for x in (k, v)
-            )
-            self.engine.fold(keys, values, first, rows, (None, None))
+    def _fold(self, step: Step, k: Tensor, v: Tensor) -> None:
+        folds = self._pages(step.folds, k, v)
+        if self.folding is not None and folds:
+            self.folding.fold(folds, self.memory)
+            if step.reads_own_folds:
+                self.folding.settle()
+            return
+        for f in folds:
+            self.engine.fold(f.keys, f.values, f.first, [self.memory.row(n) for n in f.numbers.tolist()], (None, None))
+
+    def _pages(self, folds: list[Fold], k: Tensor, v: Tensor) -> list[PooledFold]:
+        """Copies of what the step folds, as few calls as can be: single pages that began in earlier steps go together."""
+        out, keys, values, numbers = [], [], [], []
+        for fold in folds:
+            count, first, token = len(fold.numbers), fold.starts_sequence, fold.token
+            if fold.head_tokens:
+                token += PAGE_TOKENS - fold.head_tokens
+                head = self.memory.tokens(fold.head, fold.head_tokens)
+                page = [
+                    torch.cat([h, x[fold.token : token].transpose(0, 1)], dim=1)
+                    for h, x in zip(head, (k, v), strict=True)
+                ]
+                if first:
+                    out.append(PooledFold(page[0][None], page[1][None], True, fold.numbers[:1]))
+                else:
+                    keys.append(page[0])
+                    values.append(page[1])
+                    numbers.append(fold.numbers[0])
+                count, first = count - 1, False
+            if count:
+                whole_k, whole_v = (
+                    x[token : token + count * PAGE_TOKENS].unflatten(0, (count, PAGE_TOKENS)).transpose(1, 2).clone()
+                    for x in (k, v)
+                )
+                out.append(PooledFold(whole_k, whole_v, first, fold.numbers[-count:]))
+        if keys:
+            out.append(PooledFold(torch.stack(keys), torch.stack(values), False, np.array(numbers)))
+        return out

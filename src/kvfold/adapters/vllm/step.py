@@ -12,6 +12,7 @@ null block: tokens there have no exact copy. From this everything follows, and n
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,13 @@ class Step:
     block: Ints
     slot: Ints
     folds: list[Fold]
+
+    @functools.cached_property
+    def reads_own_folds(self) -> bool:
+        """Whether a request reads a page that this step folds."""
+        return bool(self.folds) and bool(
+            np.isin(np.concatenate([f.numbers for f in self.folds]), self.reads.page_numbers).any()
+        )
 
 
 def plan(geometry: Geometry, starts: Ints, lengths: Ints, pages: Table, exact: Table) -> Step:

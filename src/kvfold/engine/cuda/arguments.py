@@ -31,7 +31,7 @@ class DecodeArgs(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("q", "k", "v", "out", "seq", "sign_k", "sign_v", "partial", "count")),
         *((f"{x}_{a}", ctypes.c_longlong) for x in "qkvo" for a in "bhi"),
-        *((n, ctypes.c_int) for n in ("B", "H", "G", "Q", "sinks", "tiles")),
+        *((n, ctypes.c_int) for n in ("B", "H", "G", "Q", "sinks", "tiles", "blocks", "parts")),
         ("scale", ctypes.c_float),
         ("key", Levels),
         ("value", Levels),
@@ -90,6 +90,18 @@ def plan_rings(dim: int, formats: tuple[int, int], mean: bool, groups: int, limi
         if fits >= 2 or warps == 8:
             return warps, max(1, min(fits, max(2, IN_FLIGHT_BYTES // (warps * slot))))
         warps //= 2
+
+
+def share(rows: int, blocks: int) -> tuple[int, int]:
+    """(blocks, parts of a row) for rows of one length: so that no block has items of two rows, or whole rows only.
+
+    Parts are 0 where rows are not cut by themselves. Given up for them: at most a quarter, or a sixteenth, of the blocks.
+    """
+    parts = blocks // rows
+    if 4 * parts * rows >= 3 * blocks:
+        return parts * rows, parts
+    whole = (c for c in range(blocks, blocks - blocks // 16 - 1, -1) if rows % c == 0)
+    return next(whole, blocks), 0
 
 
 def sequence_words(

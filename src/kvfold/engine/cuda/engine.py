@@ -16,15 +16,16 @@ from kvfold.engine.cuda.arguments import (
     levels_of,
     plan_rings,
     sequence_words,
+    share,
     shared_limit,
 )
-from kvfold.engine.cuda.folding import folder
+from kvfold.engine.cuda.folding import folder, not_finite
 from kvfold.engine.cuda.fragments import Fragments, format_of
 from kvfold.engine.cuda.prefill import MIN_COLUMNS, TILE_TOKENS, Merge, attention_part
 from kvfold.engine.cuda.streams import Search, level_pairs
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import AttendRequest, LayerShape, Runs, SequenceView
-from kvfold.errors import NoImplementation, NonFiniteInput
+from kvfold.errors import NoImplementation
 from kvfold.rotation.reference import signs, stream
 
 HEAD_DIMS = (64, 128, 256)
@@ -102,8 +103,8 @@ class CudaEngine:
         # Into and out of the rotated basis by one product each: for thousands of queries cheaper than butterflies in torch.
         eye = torch.eye(dim, device=device).expand(shape.kv_heads, dim, dim)
         self._turns = (self.reference.key.project(eye, None), self.reference.value.lift(eye, None))
-        self._nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
-        self._fold = folder(spec, self.formats, self.signs, self._nonfinite, self.capability)
+        self.nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
+        self.folder = folder(spec, self.formats, self.signs, self.nonfinite, self.capability)
 
     # ---- what the cache asks of every engine
     def running(self) -> dict[str, object]:
@@ -125,7 +126,7 @@ class CudaEngine:
 
         Raises NonFiniteInput if a vector holds NaN or infinity or its scale exceeds float16; `out` is then unspecified.
         """
-        if self._fold is None:
+        if self.folder is None:
             rows = torch.zeros(len(out), self.reference.page_bytes, dtype=torch.uint8, device=self.device)
             self.reference.fold(keys, values, first, list(rows), state)
             for row, target in zip(self.fragments.from_canonical(rows), out, strict=True):
@@ -133,19 +134,17 @@ class CudaEngine:
             return
         addresses = torch.tensor([row.data_ptr() for row in out], dtype=torch.int64).to(self.device)
         self.fold_to(keys, values, first, addresses)
-        if int(self._nonfinite):
-            self._nonfinite.zero_()
-            raise NonFiniteInput(
-                f"layer {self.shape.layer}: a key or value vector holds NaN or infinity, or is too long for a float16 scale",
-                "Check the model's activations, or use profile 'lossless'",
-            )
+        if int(self.nonfinite):
+            self.nonfinite.zero_()
+            raise not_finite(self.shape.layer)
 
     def fold_to(self, keys: Tensor, values: Tensor, first: bool, addresses: Tensor) -> None:
-        """fold without looking at the result: addresses int64 [P] on the device. Safe in a CUDA graph."""
-        if self._fold is None:
+        """fold without looking at the result: addresses int64 [P] on the device; `nonfinite` int32 [1] becomes 1 where `fold`
+        raises. Safe in a CUDA graph."""
+        if self.folder is None:
             raise NoImplementation("no kernel folds these two codes together", "Use `fold`")
         k, v = (_aligned(x.to(self.dtype)) for x in (keys, values))
-        self._fold(k, v, first, addresses, DTYPES[self.dtype])
+        self.folder(k, v, first, addresses, DTYPES[self.dtype])
 
     def refill(self, row: Tensor, keys: Tensor, values: Tensor, state: tuple[Tensor | None, Tensor | None]) -> None:
         """Rare (a trim into pages, then an append): through the canonical order."""
@@ -340,6 +339,7 @@ class CudaEngine:
             new,
             self.spec.sinks,
             tiles,
+            *share(b * h * tiles, self._blocks),
             scale,
             *self._levels,
             *(_pointer(x) for x in self._pairs),

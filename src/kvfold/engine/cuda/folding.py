@@ -15,6 +15,7 @@ from kvfold.codec.canonical import inverse_sqrt
 from kvfold.config import SCALES, CacheSpec, SideSpec
 from kvfold.engine.cuda import driver
 from kvfold.engine.cuda.fragments import TRELLIS
+from kvfold.errors import NonFiniteInput
 
 INDEX_BITS = 6  # of a trellis code's table of levels, at most
 BLOCKS = 2  # of the trellis kernel that a multiprocessor holds
@@ -136,6 +137,13 @@ def folder(
     if again or (any(trellis) and not all(trellis)):
         return None
     return (TrellisFold if all(trellis) else ScalarFold)(spec, formats, signs, nonfinite, capability)
+
+
+def not_finite(layer: int) -> NonFiniteInput:
+    return NonFiniteInput(
+        f"layer {layer}: a key or value vector holds NaN or infinity, or is too long for a float16 scale",
+        "Check the model's activations, or use profile 'lossless'",
+    )
 
 
 def book_of(spec: SideSpec, dim: int) -> Book:

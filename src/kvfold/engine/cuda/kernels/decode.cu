@@ -6,19 +6,13 @@
 // Bound: HBM at 4 and 3 bits and uniform 2 bits; integer pipe at free 2-bit levels and trellis codes.
 #include "merge.cuh"
 
-template <class C> DI void page_loads_only(Ring<C>& ring, u32& junk, int lane) {
-  for (int half = 0; half < 4; half++) {
+template <class C> DI void loads_only(Ring<C>& ring, u32& junk, int lane) {
+  for (int side = 0; side < 2; side++) {
     u32 base = ring.wait(); constexpr int N = (C::Reg::K_CODES < C::Reg::V_CODES ? C::Reg::K_CODES : C::Reg::V_CODES) / 512;
 #pragma unroll
     for (int i = 0; i < N; i++) { uint4 v = lds4(base + i * 512 + lane * 16); junk ^= v.x ^ v.y ^ v.z ^ v.w; }
     ring.release();
   }
-}
-template <class C> DI void page(State<C>& s, Ring<C>& ring, const Plan& plan, int number, const unsigned char* sm, u32 tables, int lane) {
-  const float* column = (const float*)(sm + C::AT_COL);
-  const int hidden = number == 0 ? plan.P.sinks : 0, shown = ((const int*)column)[C::COLS * 4] - number * 128;
-#pragma unroll 1
-  for (int half = 0; half < 2; half++) chunk<C>(s, ring, plan, shared_address(sm) + C::AT_Q, column, hidden - 64 * half, shown - 64 * half, tables, lane);
 }
 template <class C> DI void attend(const Args& P) {
   extern __shared__ __align__(128) unsigned char sm[];
@@ -27,36 +21,48 @@ template <class C> DI void attend(const Args& P) {
   copy_table<C::KF>(sm + C::AT_TABLES, P.key_pairs); copy_table<C::VF>(sm + C::AT_TABLES + C::K_TABLE, P.value_pairs);
   dependent_wait();
   if (threadIdx.x == 0) *(Args*)(sm + C::AT_ARGS) = P;                // for exact_item
-  Plan plan{(int*)(sm + C::AT_PLAN), (int*)(sm + C::AT_PLAN) + MAX_BATCH + 2, P};
+  if (warp >= C::W / 2) touch_query<C>(P, warp - C::W / 2, lane);     // the others make the plan
+  Plan plan(sm + C::AT_PLAN, P);
   make_plan<C>(P, plan);
   if ((int)blockIdx.x >= plan.blocks()) return;
-  const int begin = plan.cut().begin(blockIdx.x), end = plan.cut().begin(blockIdx.x + 1);
+  const Cut cut = plan.cut(); const int begin = cut.begin(blockIdx.x), end = begin + cut.size(blockIdx.x);
   // The first query is asked for before the rings fill the queues of the memory system.
   Query<C> query; query.load(P, plan.locate(begin), warp, lane);
-  Ring<C> ring; ring.init(sm, warp, begin, end); ring.start(plan);
-  State<C> s;
+  Ring<C> ring; ring.init(sm, warp, begin); ring.start(plan, end);
+  volatile Here& here = *(volatile Here*)(sm + C::AT_HERE); if (threadIdx.x == 0) { here.begin = begin; here.end = end; }
+  State<C> s; int i = begin + warp;                                   // this warp's next item
 #pragma unroll 1
-  for (int at = begin; at < end;) {
-    const Row row = plan.locate(at); const int stop = row.first + row.items < end ? row.first + row.items : end, first = row.first, pages = row.first + row.items - row.exact;
-    prepare<C>(P, row, query, sm, warp, lane);
+  for (int at = begin;;) {
+    {
+      const Row row = plan.locate(at);
+      if (threadIdx.x == 0) { const int stop = row.first + row.items; row.put(here.row); here.from = at; here.to = stop < here.end ? stop : here.end; }
+      prepare<C>(P, row, query, sm, warp, lane);                      // ends with a barrier
+    }
+    const volatile Row& row = here.row;
     const float* column = (const float*)(sm + C::AT_COL);
     s.reset();
 #pragma unroll
     for (int n = 0; n < C::NG; n++) { s.cs[n] = column[(4 * n + (lane & 3)) * 4]; s.zq[n] = ((const int*)column)[(4 * n + (lane & 3)) * 4 + 1]; }
-    int i = at + (warp + C::W - (at - begin) % C::W) % C::W;
 #pragma unroll 1
-    for (; i < stop && i < pages; i += C::W) {
-      ring.refill(plan);
-      if constexpr (C::MODE == 1) page_loads_only<C>(ring, junk, lane); else page<C>(s, ring, plan, i - first, sm, tables, lane);
+    for (int before = 1; before >= 0; before--) {                     // chunks before the exact items, chunks after them
+#pragma unroll 1
+      for (; i < here.to && !(before && i >= row.first + row.middle); i += C::W) {
+        const int first = CHUNK * row.chunk(i - row.first, C::W); if (first < 0) continue;
+        ring.refill(plan, here.end);
+        if constexpr (C::MODE == 1) loads_only<C>(ring, junk, lane);
+        else chunk<C>(s, ring, plan, shared_address(sm) + C::AT_Q, column, P.sinks - first, ((const int*)column)[C::COLS * 4] - first, tables, lane);
+      }
+      if (!before) break;
+#pragma unroll 1
+      for (; i < here.to && i < row.first + row.middle + row.exact; i += C::W)
+        if constexpr (C::MODE != 1 && C::MODE != 3) { State<C> in_memory = s; exact_item<C>(in_memory, sm, i, lane); s = in_memory; }
     }
-#pragma unroll 1
-    for (; i < stop; i += C::W)
-      if constexpr (C::MODE != 1 && C::MODE != 3) { State<C> in_memory = s; exact_item<C>(in_memory, sm, i, lane); s = in_memory; }
-    if (stop == end) dependent_launch();
-    if constexpr (C::MODE != 1) merge<C>(s, plan, at, stop, at != begin, stop == end, sm, warp, lane);
+    const int from = here.from, to = here.to; const bool last = to == here.end;
+    if (last) dependent_launch();
+    if constexpr (C::MODE != 1) merge<C>(s, plan, from, to, from != here.begin, last, sm, warp, lane);
     __syncthreads();
-    at = stop;
-    if (at < end) query.load(P, plan.locate(at), warp, lane);
+    if (last) break;
+    at = to; query.load(P, plan.locate(at), warp, lane);
   }
   if (C::MODE == 1 && junk == 0x12345678u) *(u32*)P.out = 1;
 }

@@ -2,18 +2,8 @@
 // the even columns; weights are split in two halves (17+ bits) over both. The output is rotated here, so that it joins the packed pages' sum.
 #pragma once
 #include "chunk.cuh"
+#include "hadamard.cuh"
 
-// Walsh-Hadamard over D values: lane 4g + t holds dims (D/8) g + i of column t. Normalised by the caller.
-template <int N> DI void hadamard_rows(float (&v)[N], int lane) {
-#pragma unroll
-  for (int h = 1; h < N; h *= 2)
-#pragma unroll
-    for (int i = 0; i < N; i++) if (!(i & h)) { float a = v[i], b = v[i + h]; v[i] = a + b; v[i + h] = a - b; }
-#pragma unroll
-  for (int d = 4; d < 32; d *= 2)
-#pragma unroll
-    for (int i = 0; i < N; i++) { float o = __shfl_xor_sync(~0u, v[i], d); v[i] = lane & d ? o - v[i] : v[i] + o; }
-}
 template <class C> struct Exact {                 // addresses of a row's exact tokens, in the order sinks, ring, new
   const Args& P; int head, pad, sinks, old, count, first, ring; const unsigned char *sink[2], *recent[2], *fresh[2]; long long step[2];
   DI Exact(const Args& P_, int b, int head_) : P(P_), head(head_) {
@@ -44,9 +34,9 @@ DI uint4 load4(const void* p) {
   uint4 v; asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p)); return v;
 }
 template <class C> __device__ __noinline__ void exact_item(State<C>& s, const unsigned char* sm, int item, int lane) {
-  const Args& P = *(const Args*)(sm + C::AT_ARGS); const Plan plan{(int*)(sm + C::AT_PLAN), (int*)(sm + C::AT_PLAN) + MAX_BATCH + 2, P};
+  const Args& P = *(const Args*)(sm + C::AT_ARGS); const Plan plan(const_cast<unsigned char*>(sm) + C::AT_PLAN, P);
   const Row row = plan.locate(item); const Exact<C> E(P, row.b, row.head);
-  const int g = lane >> 2, t = lane & 3, e0 = (item - row.first - row.items + row.exact) * EXACT_ITEM;
+  const int g = lane >> 2, t = lane & 3, e0 = (item - row.first - row.middle) * EXACT_ITEM;
   // One address per lane, passed round: code that runs once costs mostly its own fetching.
   const u64 key_row = (u64)E.at(e0 + lane, 0), value_row = (u64)E.at(e0 + lane, 1);
   uint4 key[2][2][C::KT], query[C::NG][C::KT];
@@ -131,7 +121,7 @@ template <class C> __device__ __noinline__ void exact_item(State<C>& s, const un
     float r[2 * C::MT]; const float* sign = P.sign_v + row.head * C::D + g * (C::D / 8);
 #pragma unroll
     for (int i = 0; i < C::MT; i++) { r[2 * i] = (o[i][0] + o[i][1]) * sign[2 * i]; r[2 * i + 1] = (o[i][2] + o[i][3]) * sign[2 * i + 1]; }
-    hadamard_rows(r, lane);
+    hadamard<4>(r, lane);                           // lane 4g + t holds dims (D/8) g + i of column t
     const float f = fac[n] * rsqrtf((float)C::D) * (C::VF == 1 ? .5f : 1.f);              // uniform pages count in half levels
 #pragma unroll
     for (int i = 0; i < 2 * C::MT; i++) s.O[n][i] = fmaf(r[i], f, s.O[n][i]);

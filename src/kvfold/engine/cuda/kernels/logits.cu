@@ -22,12 +22,12 @@ template <class C> DI void logits(const Args& P) {
   const u32 tables = shared_address(sm) + C::AT_TABLES; const float* column = (const float*)(sm + C::AT_COL);
   copy_table<C::KF>(sm + C::AT_TABLES, P.key_pairs);
   dependent_wait();
-  Plan plan{(int*)(sm + C::AT_PLAN), (int*)(sm + C::AT_PLAN) + MAX_BATCH + 2, P};
+  Plan plan(sm + C::AT_PLAN, P);
   make_plan<C>(P, plan);
   if ((int)blockIdx.x >= plan.blocks()) return;
-  const int begin = plan.cut().begin(blockIdx.x), end = plan.cut().begin(blockIdx.x + 1);
+  const Cut cut = plan.cut(); const int begin = cut.begin(blockIdx.x), end = begin + cut.size(blockIdx.x);
   Query<C> query; query.load(P, plan.locate(begin), warp, lane);
-  Ring<C> ring; ring.init(sm, warp, begin, end); ring.start(plan);
+  Ring<C> ring; ring.init(sm, warp, begin); ring.start(plan, end);
   State<C> s;
 #pragma unroll 1
   for (int at = begin; at < end;) {
@@ -38,14 +38,10 @@ template <class C> DI void logits(const Args& P) {
     const int folded = ((const int*)column)[C::COLS * 4];
 #pragma unroll 1
     for (int i = at + (warp + C::W - (at - begin) % C::W) % C::W; i < stop; i += C::W) {
-      ring.refill(plan);
-      const int number = i - row.first;
-#pragma unroll 1
-      for (int half = 0; half < 2; half++) {
-        const int first = number * 128 + 64 * half; float x[C::NG][8];
-        half_scores<C>(x, s, ring, P.key, shared_address(sm) + C::AT_Q, column, tables, lane);
-        store_scores<C>(P, row, x, s, first, P.sinks - first, folded - first, lane);
-      }
+      ring.refill(plan, end);
+      const int first = CHUNK * (i - row.first); float x[C::NG][8];
+      half_scores<C>(x, s, ring, P.key, shared_address(sm) + C::AT_Q, column, tables, lane);
+      store_scores<C>(P, row, x, s, first, P.sinks - first, folded - first, lane);
     }
     if (stop == end) dependent_launch();
     __syncthreads();                              // the next row's query takes this one's place

@@ -2,17 +2,6 @@
 #pragma once
 #include "exact.cuh"
 
-// Walsh-Hadamard over D values held by one warp, EPL consecutive dims per lane.
-template <int N> DI void hadamard_warp(float (&v)[N], int lane) {
-#pragma unroll
-  for (int h = 1; h < N; h *= 2)
-#pragma unroll
-    for (int i = 0; i < N; i++) if (!(i & h)) { float a = v[i], b = v[i + h]; v[i] = a + b; v[i + h] = a - b; }
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2)
-#pragma unroll
-    for (int i = 0; i < N; i++) { float o = __shfl_xor_sync(~0u, v[i], d); v[i] = lane & d ? o - v[i] : v[i] + o; }
-}
 // One column as 16-bit integers in B fragments: hi byte in mma column 2c, lo byte in 2c + 1. Returns (largest |q|, sum of integers).
 // RUNS: in the order of a trellis code's runs of D/4 dims per lane.
 template <class C, bool RUNS> DI float quantize(unsigned char* frag, const float (&v)[C::EPL], int column, int lane, int& sum) {
@@ -35,22 +24,27 @@ template <class C, bool RUNS> DI float quantize(unsigned char* frag, const float
 }
 // The raw numbers of this warp's columns of a row. Volatile: they must leave before the rings fill the memory system's queues (5 us at full rate).
 template <class C> struct Query {
-  static constexpr int EACH = (C::COLS + C::W - 1) / C::W, N = C::EPL / 2; u32 raw[EACH][N], minus;        // minus: signs of this lane's dims
+  static constexpr int EACH = (C::COLS + C::W - 1) / C::W, N = C::EPL / 2; u32 raw[EACH][N], sign[C::EPL];         // signs of this lane's dims
   DI void load(const Args& P, const Row& row, int warp, int lane) {
-    const int pad = ldg_int(&P.seq[row.b].pad); const float* sign = P.sign_k + row.head * C::D + lane * C::EPL; u32 bits[C::EPL];
+    const int pad = ldg_int(&P.seq[row.b].pad); const float* signs = P.sign_k + row.head * C::D + lane * C::EPL;
 #pragma unroll
-    for (int i = 0; i < C::EPL; i++) asm volatile("ld.global.u32 %0,[%1];" : "=r"(bits[i]) : "l"(sign + i) : "memory");
+    for (int i = 0; i < C::EPL; i++) asm volatile("ld.global.u32 %0,[%1];" : "=r"(sign[i]) : "l"(signs + i) : "memory");
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
       const unsigned char* qp = warp + k * C::W < C::COLS ? query_at<C>(P, row.b, row.head, row.tile * C::COLS + warp + k * C::W, pad) : nullptr;
 #pragma unroll
       for (int i = 0; i < N; i++) { raw[k][i] = 0; if (qp) asm volatile("ld.global.u32 %0,[%1];" : "=r"(raw[k][i]) : "l"(qp + lane * C::EPL * 2 + 4 * i) : "memory"); }
     }
-    minus = 0;
-#pragma unroll
-    for (int i = 0; i < C::EPL; i++) minus |= bits[i] >> 31 << i;
   }
 };
+// Where rows are equally long, this block's first query is known before the plan is. Elsewhere this is a wrong guess, and harmless.
+template <class C> DI void touch_query(const Args& P, int warp, int lane) {
+  const int rows = P.H * P.tiles, row = (int)blockIdx.x * P.B * rows / P.blocks, b = row / rows, head = (row - b * rows) / P.tiles, tile = row % P.tiles;
+  if (b >= P.B || warp >= C::COLS) return;
+  const unsigned char* q = query_at<C>(P, b, head, tile * C::COLS + warp, 0);
+  if (q) touch(q + lane * (C::EPL * 2));
+  touch(P.sign_k + head * C::D + lane * C::EPL); touch(P.sign_v + head * C::D + lane * C::EPL);
+}
 // All warps, one column each; column floats: score unit (log2), sum (int), mean unit / score unit. Ends with a barrier.
 template <class C> DI void prepare(const Args& P, const Row& row, const Query<C>& query, unsigned char* sm, int warp, int lane) {
   float* column = (float*)(sm + C::AT_COL);
@@ -62,9 +56,9 @@ template <class C> DI void prepare(const Args& P, const Row& row, const Query<C>
 #pragma unroll
     for (int i = 0; i < C::EPL; i++) {
       raw[i] = i & 1 ? high<C::H16>(query.raw[k][i / 2]) : low<C::H16>(query.raw[k][i / 2] & 0xffffu);
-      rot[i] = query.minus >> i & 1 ? -raw[i] : raw[i];
+      rot[i] = __uint_as_float(__float_as_uint(raw[i]) ^ (query.sign[i] & 0x80000000u));
     }
-    hadamard_warp(rot, lane);
+    hadamard<1>(rot, lane);
 #pragma unroll
     for (int i = 0; i < C::EPL; i++) rot[i] *= rsqrtf((float)C::D);
     int sum, unused; float mx = quantize<C, is_trellis(C::KF)>(sm + C::AT_Q, rot, c, lane, sum), mr = mx;
@@ -81,41 +75,63 @@ template <class C> DI void finish(const Args& P, const Row& row, const float* o,
     float v[C::EPL], L = sums[c], f = L > 0 && i >= ldg_int(&P.seq[row.b].pad) ? rsqrtf((float)C::D) / L : 0.f;
 #pragma unroll
     for (int k = 0; k < C::EPL; k++) v[k] = o[c * C::STRIDE + lane * C::EPL + k];
-    hadamard_warp(v, lane);
+    hadamard<1>(v, lane);
     const float* sign = P.sign_v + row.head * C::D + lane * C::EPL;
     u32* out = (u32*)((u16*)P.out + row.b * P.o_b + (row.head * P.G + col % P.G) * P.o_h + i * P.o_i + lane * C::EPL);
 #pragma unroll
     for (int k = 0; k < C::EPL / 2; k++) out[k] = f > 0 ? pair<C::H16>(v[2 * k] * f * sign[2 * k], v[2 * k + 1] * f * sign[2 * k + 1]) : 0u;
   }
 }
-// The last block of a row adds up the parts in block order: warp = (column, share of the parts).
+// The last block of a row adds up the parts in block order, a thread per number. Numbers, maxima and sums of the first parts are asked for at
+// once: one round trip to memory.
 template <class C> DI void merge_blocks(const Args& P, const Row& row, const Cut cut, unsigned char* sm, int warp, int lane) {
-  float *buf = (float*)(sm + C::AT_BUF), *sums = (float*)(sm + C::AT_ML);                 // sums [SUB][COLS]
+  constexpr int PARTS = 16, EACH = (C::COLS * C::D + C::THREADS - 1) / C::THREADS, MINE = (C::COLS + C::W - 1) / C::W;       // parts at a time; numbers; columns
+  float *buf = (float*)(sm + C::AT_BUF), *weight = (float*)(sm + C::AT_ML), *sums = weight + 2 * C::W * C::COLS;             // weight [COLS][PARTS]
   const int c0 = cut.block(row.first), parts = cut.block(row.first + row.items - 1) - c0 + 1;
   const float* base = P.partial + (u64)c0 * 2 * C::PARTIAL;
-  if (cut.begin(c0) < row.first) base += C::PARTIAL;                  // the first part is its block's second share, the others their block's first
-  auto part = [&](int p) { return p == 0 ? base : P.partial + (u64)(c0 + p) * 2 * C::PARTIAL; };
-  for (int task = warp; task < C::COLS * C::SUB; task += C::W) {
-    const int c = task % C::COLS, sub = task / C::COLS; float M = -3e38f, L = 0, v[C::EPL] = {};
-    for (int p = lane; p < parts; p += 32) M = fmaxf(M, __ldcg(part(p) + C::COLS * C::D + c));
+  const bool shared = cut.begin(c0) < row.first;                      // the first part is its block's second share, the others their block's first
+  auto part = [&](int p) { return base + (u64)p * 2 * C::PARTIAL + (shared && p == 0 ? C::PARTIAL : 0); };
+  float x[PARTS], sum[EACH] = {}, M[MINE], m[MINE];
+  auto load = [&](int p0, int e) {
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) M = fmaxf(M, __shfl_xor_sync(~0u, M, d));
-#pragma unroll 5
-    for (int p = sub; p < parts; p += C::SUB) {
-      const float *w = part(p), f = ex2(__ldcg(w + C::COLS * C::D + c) - M); L = fmaf(f, __ldcg(w + C::COLS * (C::D + 1) + c), L);
+    for (int j = 0; j < PARTS; j++) x[j] = p0 + j < parts && e < C::COLS * C::D ? __ldcg(part(p0 + j) + e) : 0.f;
+  };
+  load(0, threadIdx.x);
 #pragma unroll
-      for (int k = 0; k < C::EPL; k++) v[k] = fmaf(f, __ldcg(w + c * C::D + lane * C::EPL + k), v[k]);
+  for (int k = 0; k < MINE; k++) {
+    const int c = warp + k * C::W; if (c >= C::COLS) break;
+    float L = 0, top = -3e38f; m[k] = -3e38f;
+    for (int p = lane; p < parts; p += 32) {
+      const float *w = part(p) + C::COLS * C::D + c, mp = __ldcg(w), lp = __ldcg(w + C::COLS), mn = fmaxf(top, mp);
+      L = fmaf(L, ex2(top - mn), lp * ex2(mp - mn)); top = mn; if (p < 32) m[k] = mp;
     }
+    M[k] = top;
 #pragma unroll
-    for (int k = 0; k < C::EPL; k++) buf[(sub * C::COLS + c) * C::STRIDE + lane * C::EPL + k] = v[k];
-    if (lane == 0) sums[sub * C::COLS + c] = L;
+    for (int d = 1; d < 32; d *= 2) M[k] = fmaxf(M[k], __shfl_xor_sync(~0u, M[k], d));
+    L *= ex2(top - M[k]);
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) L += __shfl_xor_sync(~0u, L, d);
+    if (lane == 0) sums[c] = L;
   }
-  __syncthreads();
-  for (int e = threadIdx.x; e < C::COLS * C::D; e += C::THREADS) {
-    float* at = buf + e / C::D * C::STRIDE + e % C::D;
-    for (int k = 1; k < C::SUB; k++) *at += at[k * C::COLS * C::STRIDE];
+#pragma unroll 1
+  for (int p0 = 0; p0 < parts; p0 += PARTS) {
+#pragma unroll
+    for (int k = 0; k < MINE; k++) {
+      const int c = warp + k * C::W; if (c >= C::COLS) break;
+      if (p0 > 0) m[k] = p0 + lane < parts ? __ldcg(part(p0 + lane) + C::COLS * C::D + c) : -3e38f;
+      if (lane < PARTS) weight[c * PARTS + lane] = ex2(m[k] - M[k]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const int e = threadIdx.x + i * C::THREADS; if (i > 0 || p0 > 0) load(p0, e);
+#pragma unroll
+      for (int j = 0; j < PARTS; j++) if (e < C::COLS * C::D) sum[i] = fmaf(weight[e / C::D * PARTS + j], x[j], sum[i]);
+    }
+    __syncthreads();
   }
-  if (threadIdx.x < C::COLS) for (int k = 1; k < C::SUB; k++) sums[threadIdx.x] += sums[k * C::COLS + threadIdx.x];
+#pragma unroll
+  for (int i = 0; i < EACH; i++) { const int e = threadIdx.x + i * C::THREADS; if (e < C::COLS * C::D) buf[e / C::D * C::STRIDE + e % C::D] = sum[i]; }
   __syncthreads();
 }
 // All warps: end of the block's share of a row. `second`: it is not the block's first. Ends with a barrier.
@@ -185,7 +201,6 @@ template <class C> DI void merge(State<C>& s, const Plan& plan, int from, int to
     __syncthreads();
     if (!*flag) return;
     merge_blocks<C>(P, row, plan.cut(), sm, warp, lane);
-    sums = ml;
   }
   finish<C>(P, row, buf, sums, warp, lane);
 }

@@ -55,6 +55,8 @@ DI u32 lds_u16(u32 a) { u16 v; asm volatile("ld.shared.u16 %0,[%1];" : "=h"(v) :
 // Nothing a kernel reads from global memory is written while it runs (partial results go through __ldcg), so the compiler may move these.
 DI uint4 ldg4(const void* p) { return __ldg((const uint4*)p); }
 DI u64 ldg_u64(const void* p) { return __ldg((const u64*)p); }
+// Into the first-level cache, for a read soon after: one round trip instead of two, one after the other.
+DI void touch(const void* p) { u32 x; asm volatile("ld.global.nc.u32 %0,[%1];" : "=r"(x) : "l"(p)); }
 DI int ldg_int(const void* p) { return __ldg((const int*)p); }
 
 // ---- bulk copies (sm_90+) and plain asynchronous copies (sm_80+)

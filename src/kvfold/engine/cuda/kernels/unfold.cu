@@ -1,6 +1,7 @@
 // Pages in fragment order -> 16-bit keys and values in the rotated basis, a bounded tile of the history at a time (prefill).
 //   K = s L + R mean, V = s L; rotated query and output are the caller's business. Grid (pages, heads, 4: half x side), 128 threads.
 // Layout: formats.cuh; out [H, tokens, D]. Limits: D 64, 128, 256. Bound: HBM writes.
+#include "hadamard.cuh"
 #include "trellis.cuh"
 struct UnfoldArgs { const u64* page; void *k, *v; const float* sign_k; long long head; Levels key, value; const u32 *key_pairs, *value_pairs; };        // head: stride in elements
 #ifndef VARIANT    // D, key format, value format, mean, float16
@@ -15,14 +16,7 @@ template <class C> DI void rotated_mean(float* mean, const unsigned char* half, 
   const float scale = is_trellis(C::KF) ? held_half((u32)scales[2] | (u32)scales[3] << 16) : half_low(__ballot_sync(~0u, scales[(lane >> 2) * 8 + (lane & 3)] >> 15));
 #pragma unroll
   for (int i = 0; i < N; i++) { const int d = lane * N + i; v[i] = (float)(signed char)half[(d >> 2 & 3) * (C::D / 4) + (d >> 4) * 4 + (d & 3)] * scale * sign[d]; }
-#pragma unroll
-  for (int h = 1; h < N; h *= 2)
-#pragma unroll
-    for (int i = 0; i < N; i++) if (!(i & h)) { float a = v[i], b = v[i + h]; v[i] = a + b; v[i + h] = a - b; }
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2)
-#pragma unroll
-    for (int i = 0; i < N; i++) { float o = __shfl_xor_sync(~0u, v[i], d); v[i] = lane & d ? o - v[i] : v[i] + o; }
+  hadamard<1>(v, lane);
 #pragma unroll
   for (int i = 0; i < N; i++) mean[lane * N + i] = v[i] * rsqrtf((float)C::D);
 }

@@ -1,0 +1,35 @@
+"""Operations that vLLM asks of its compiled library whatever is configured, in torch. Stands where that library is imported."""
+
+import torch
+
+_OPERATIONS = torch.library.Library("_C", "FRAGMENT")
+
+
+def _operation(signature: str):
+    _OPERATIONS.define(signature)
+
+    def put(function):
+        _OPERATIONS.impl(signature.split("(")[0], function, "CompositeExplicitAutograd")
+        return function
+
+    return put
+
+
+@_operation("silu_and_mul(Tensor! out, Tensor x) -> ()")
+def _silu_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
+    half = x.shape[-1] // 2
+    out.copy_(torch.nn.functional.silu(x[..., :half]) * x[..., half:])
+
+
+@_operation(
+    "vocab_parallel_embedding(Tensor! out, Tensor ids, Tensor weight, int first, int stop, int padding,"
+    " int added_first, int added_stop) -> ()"
+)
+def _vocab_parallel_embedding(
+    out: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, first: int, stop: int, padding: int, *added: int
+) -> None:
+    """Rows of a worker's part of a vocabulary; zeros for other workers' tokens."""
+    own = (ids >= first) & (ids < stop)
+    extra = (ids >= added[0]) & (ids < added[1])
+    row = torch.where(own, ids - first, torch.where(extra, ids - added[0] + stop - first + padding, 0))
+    out.copy_(weight[row] * (own | extra)[:, None])
