@@ -17,7 +17,7 @@ namespace kvfold {
 namespace {
 
 template <class Simd, int Bits, int Quads, class Visit>
-inline void walk(const std::uint8_t* src, int part, const Visit& visit) {
+KVF_INLINE void walk(const std::uint8_t* src, int part, const Visit& visit) {
   const auto ahead = [src, part](int line) KVF_INLINE_LAMBDA {
     if (part == 0) Simd::prefetch_codes(src + 64 * line);
   };
@@ -29,14 +29,14 @@ inline void walk(const std::uint8_t* src, int part, const Visit& visit) {
       const auto even = Simd::load_codes(mine + 64 * s), odd = Simd::load_codes(mine + 64 * (s + kHigh));
       for (int line : {s, s + kHigh, s + kLow}) ahead(line);
       if constexpr (Simd::kMergesPairs) {
-        unroll<4>([&](auto field) {
+        unroll<4>([&](auto field) KVF_INLINE_LAMBDA {
           constexpr int f = decltype(field)::value;
           const auto pair = Simd::template merge<2 * (f / 2), f>(f % 2 == 0 ? even : odd, high);
           visit(s + f * kHigh, pair);
           visit(s + (f + 4) * kHigh, Simd::template shift<4>(pair));
         });
       } else {
-        unroll<8>([&](auto field) {
+        unroll<8>([&](auto field) KVF_INLINE_LAMBDA {
           constexpr int f = decltype(field)::value;
           visit(s + f * kHigh, Simd::template merge<2 * (f / 2), f>(f % 2 == 0 ? even : odd, high));
         });
@@ -56,7 +56,7 @@ inline void walk(const std::uint8_t* src, int part, const Visit& visit) {
     for (int s = 0; s < kLines; ++s) {
       const auto raw = Simd::load_codes(mine + 64 * s);
       ahead(s);
-      unroll<8 / Bits>([&](auto field) {
+      unroll<8 / Bits>([&](auto field) KVF_INLINE_LAMBDA {
         constexpr int f = decltype(field)::value;
         visit(s + f * kLines, Simd::template shift<f * Bits>(raw));
       });

@@ -224,20 +224,20 @@ struct SimdAvx512 {
     const Codes levels = _mm512_load_si512(table);
     // Indices known when compiling: compilers keep arrays that an assembly statement sees in memory otherwise.
     Int high[Rows], low[Rows];
-    unroll<Rows>([&](auto r) {
+    unroll<Rows>([&](auto r) KVF_INLINE_LAMBDA {
       high[r] = _mm512_setzero_si512();
       low[r] = _mm512_set1_epi32(-kBias * sum[r]);
     });
     for (int part = 0; part < parts.count; ++part, operand += 8 * Quads)
-      walk<SimdAvx512, Bits, Quads>(parts.codes[part], 0, [&](int quad, Codes codes) {
+      walk<SimdAvx512, Bits, Quads>(parts.codes[part], 0, [&](int quad, Codes codes) KVF_INLINE_LAMBDA {
         const Codes level = Bits == kLevelBits ? codes : lookup(codes, levels);
         const std::uint8_t* x = operand + 8 * quad;
-        unroll<Rows>([&](auto r) {
+        unroll<Rows>([&](auto r) KVF_INLINE_LAMBDA {
           high[r] = multiply(high[r], level, x + r * kOperandRow);
           low[r] = multiply(low[r], level, x + r * kOperandRow + 4);
         });
       });
-    unroll<Rows>([&](auto r) {
+    unroll<Rows>([&](auto r) KVF_INLINE_LAMBDA {
       _mm512_store_si512(out + r * kLanes, _mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]));
     });
   }
@@ -250,7 +250,7 @@ struct SimdAvx512 {
   }
   static __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   // sum += levels x the four signed bytes at p. As one instruction, which compilers make two of: half as many in flight reach further.
-  static Int multiply(Int sum, Codes level, const std::uint8_t* p) {
+  static KVF_INLINE Int multiply(Int sum, Codes level, const std::uint8_t* p) {
     struct Bytes { std::uint8_t x[4]; };
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(level), "m"(*reinterpret_cast<const Bytes*>(p)));
     return sum;
