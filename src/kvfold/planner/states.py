@@ -54,7 +54,9 @@ def linear_values(text: Config, hidden: int) -> int:
     if _first(text, "mamba_n_groups", "mamba_ngroups", "n_groups"):
         heads = _first(text, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
         inner = heads * _first(text, "mamba_d_head", "mamba_head_dim", "mamba_headdim") or inner
-        return SCAN_SCORES * heads * _first(text, "mamba_chunk_size", "chunk_size", default=256) + SCAN_TENSORS * inner
+        usual = 128 if "ssm_state_size" in text else 256  # Nemotron-H's, and that of others
+        chunk = _first(text, "mamba_chunk_size", "chunk_size", default=usual)
+        return SCAN_SCORES * heads * chunk + SCAN_TENSORS * inner
     return inner * (SCAN_STATES * _first(text, "mamba_d_state") + SCAN_TENSORS // 2)
 
 
