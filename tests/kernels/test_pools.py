@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 
 import numpy as np
 import pytest
@@ -170,6 +171,48 @@ def test_tables_say_where_tokens_are() -> None:
             sinks = host.pools.exact[int(call.sink_block[i]), :, : SPEC.sinks].chunk(2, dim=-1)
             for pointer, want in zip(record[2:4], sinks, strict=True):
                 assert not folded or np.array_equal(at(pointer, np.float16, tuple(want.shape)), want.numpy())
+
+
+class Reader:
+    """In the place of the decode kernel: attends to what the records point to, by the reference."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        self.spec, self.shape, self.engine = engine.spec, engine.shape, engine
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Tensor, out: Tensor) -> None:
+        views = []
+        for record in sequences.numpy():
+            length, folded = record[5:8].view(np.int32)[:2]
+            addresses = at(record[4], np.int64, (-(-int(folded) // PAGE_TOKENS),))
+            pages = [torch.from_numpy(at(a, np.uint8, (1, self.engine.page_bytes)).copy()) for a in addresses]
+            recent, sinks = (
+                [torch.from_numpy(at(p, np.float16, (HEADS, n, DIM)).copy()) for p in pointers]
+                for pointers, n in ((record[:2], int(record[8]) // DIM), (record[2:4], SPEC.sinks))
+            )
+            views.append(
+                SequenceView(pages, int(folded), *sinks, *(x[:, : length - folded] for x in recent), 0, None, None)
+            )
+        out[:] = self.engine.attend(AttendRequest(q, k, v, scale, views))
+
+    def attend(self, request: AttendRequest) -> Tensor:
+        (view,) = request.rows
+        table = [] if view.runs.table is None else view.runs.table.tolist()  # type: ignore[attr-defined]
+        pages = [torch.from_numpy(at(a, np.uint8, (1, self.engine.page_bytes)).copy()) for a in table]
+        return self.engine.attend(dataclasses.replace(request, rows=[dataclasses.replace(view, runs=pages)]))
+
+
+@CALLS
+@pytest.mark.parametrize(("block_pages", "exact_tokens"), [(1, 16), (3, 32)])
+def test_what_the_kernels_are_asked_for(
+    block_pages: int, exact_tokens: int, shapes: list[tuple[int, int, int]]
+) -> None:
+    engine = TorchEngine(SPEC, LayerShape(2, HEADS, DIM, 2), torch.float16, CPU)
+    host = Host(engine, block_pages, exact_tokens, torch.float16)
+    call, q, k, v, expected = request(host, shapes, torch.float16)
+    out = torch.full_like(q, float("nan"))
+    on_cuda.attend(Reader(engine), host.pools, call, q, k, v, 0.125, out)  # type: ignore[arg-type]
+    for i, want in enumerate(expected):
+        assert close(out[call.token_start[i] : call.token_start[i + 1]], want), f"sequence {i}"
 
 
 def at(address: int, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

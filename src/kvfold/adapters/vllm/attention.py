@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from kvfold.adapters.vllm import PROFILE_VARIABLE, chosen_spec
-from kvfold.adapters.vllm.backend import ExactBackend, FoldedMetadata, page_bytes
+from kvfold.adapters.vllm.backend import ExactBackend, FoldedBackend, FoldedMetadata, page_bytes
 from kvfold.adapters.vllm.blocks import ExactSpec
 from kvfold.adapters.vllm.layer import PooledLayer
 from kvfold.adapters.vllm.step import Geometry
@@ -80,6 +80,7 @@ class FoldedImpl(AttentionImpl[FoldedMetadata]):
         self.config = get_current_vllm_config()
         refuse_layer(given)
         refuse_config(self.config)
+        FoldedBackend.cells = self.config.model_config.is_hybrid
         self.exact = ExactLayer(self.num_kv_heads, self.head_size, self.config.model_config.dtype)
         self.layer: PooledLayer | None = None
 
@@ -100,9 +101,9 @@ class FoldedImpl(AttentionImpl[FoldedMetadata]):
         spec, dtype = chosen_spec(), self.exact.dtype
         layer = extract_layer_index(self.name)
         shape = LayerShape(layer, self.num_kv_heads, self.head_size, dtype.itemsize, self._first_head())
-        memory = Pools(kv_cache.view(torch.uint8).squeeze(1), self.exact.kv_cache)
-        self.geometry = Geometry(spec.window, spec.sinks, memory.pages.shape[1], memory.exact.shape[2])
         engine = make_engine("auto", spec, shape, dtype, kv_cache.device)
+        memory = Pools(as_pages(kv_cache, engine.page_bytes), self.exact.kv_cache)
+        self.geometry = Geometry(spec.window, spec.sinks, memory.pages.shape[1], memory.exact.shape[2])
         logger.info_once("kvfold: profile %s, engine %s", os.environ[PROFILE_VARIABLE], engine.name)
         return PooledLayer(engine, memory)
 
@@ -136,6 +137,14 @@ class FoldedImpl(AttentionImpl[FoldedMetadata]):
         step = attn_metadata.plan(self.geometry, get_forward_context().attn_metadata[self.exact_name].block_table)
         pooled.run(step, query, key, value, self.scale, output)
         return output
+
+
+def as_pages(kv_cache: Tensor, page_bytes: int) -> Tensor:
+    """uint8 [blocks, pages of a block, page_bytes] of what vLLM allocated, [blocks, 1, pages or tokens of a block, cell]."""
+    cells = kv_cache.view(torch.uint8).squeeze(1)
+    if cells.shape[2] < page_bytes:  # of tokens
+        cells = cells.unflatten(1, (-1, PAGE_TOKENS)).flatten(2)
+    return cells[..., :page_bytes]
 
 
 class FoldedCpuImpl(FoldedImpl):

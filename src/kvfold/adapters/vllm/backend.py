@@ -40,6 +40,7 @@ class FoldedBackend(AttentionBackend):
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
     supported_kv_cache_dtypes = ["auto"]  # noqa: RUF012
     forward_includes_kv_cache_update = True
+    cells = False  # how pages are told to vLLM in the model that this process runs: see customize_spec
 
     @staticmethod
     def get_name() -> str:
@@ -65,12 +66,13 @@ class FoldedBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Full-attention layers hold pages. vLLM also asks what a single token takes, to size the blocks of hybrid models."""
+        """Full-attention layers hold pages. In hybrid models a page is told to vLLM as cells of its tokens, with a few bytes to
+        spare: it sizes their blocks by what a single token takes, and finds prefixes that end within a page."""
         if not isinstance(spec, FullAttentionSpec):
             return spec
         size = page_bytes(spec.num_kv_heads, spec.head_size, spec.dtype)
-        if spec.block_size % PAGE_TOKENS:
-            return replace(spec, num_head_slots=1, state_content_bytes=-(-size // PAGE_TOKENS))
+        if cls.cells or spec.block_size % PAGE_TOKENS:
+            return replace(spec, num_head_slots=1, state_content_bytes=-(-size // (2 * PAGE_TOKENS)) * 2)
         return replace(spec, num_head_slots=1, state_content_bytes=size, tokens_per_state=PAGE_TOKENS)
 
 
@@ -153,6 +155,6 @@ class FoldedCpuMetadataBuilder(FoldedMetadataBuilder):
     """For groups of folded layers; groups of vLLM's own get vLLM's own builder."""
 
     def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any) -> Any:
-        if kv_cache_spec.tokens_per_state != PAGE_TOKENS:
+        if not isinstance(kv_cache_spec, FullAttentionSpec):
             return CPUAttentionMetadataBuilder(kv_cache_spec, *args, **kwargs)
         return super().__new__(cls)

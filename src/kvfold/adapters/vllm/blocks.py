@@ -167,25 +167,28 @@ class ExactManager(SlidingWindowManager):
         pcp_world_size: int = 1,
     ) -> tuple[Groups, int]:
         """All of `max_length`, which the pages have, if the sinks are there: with the exact blocks before its end that are
-        still cached."""
+        still cached. Of a page that is not full all must be; else the prefix ends before it."""
         size = kv_cache_spec.block_size
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size, alignment_tokens=alignment_tokens)
-        count = max_length // size
-        blocks: Groups = tuple([block_pool.null_block] * count for _ in kv_cache_group_ids)
+        blocks: Groups = tuple([block_pool.null_block] * (max_length // size) for _ in kv_cache_group_ids)
 
-        def found(numbers: Iterable[int]) -> None:
+        def found(numbers: Iterable[int]) -> bool:
             for i in numbers:
                 cached = block_pool.get_cached_block(hashes[i], kv_cache_group_ids)
                 if cached is None:
-                    return
+                    return False
                 for group, block in zip(blocks, cached, strict=True):
                     group[i] = block
+            return True
 
-        if count and kv_cache_spec.sinks:
-            found((0,))
-            if blocks[0][0].is_null:
-                return tuple([] for _ in kv_cache_group_ids), 0
-        found(range(count - 1, kv_cache_spec.first_exact(max_length) // size - 1, -1))
+        full = max_length // PAGE_TOKENS * (PAGE_TOKENS // size)
+        if len(blocks[0]) and kv_cache_spec.sinks and not found((0,)):
+            return tuple([] for _ in kv_cache_group_ids), 0
+        if not found(range(full, len(blocks[0]))):
+            for group in blocks:
+                del group[full:]
+        count = len(blocks[0])
+        found(range(min(full, count) - 1, kv_cache_spec.first_exact(count * size) // size - 1, -1))
         return blocks, count * size
 
 
