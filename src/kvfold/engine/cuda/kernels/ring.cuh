@@ -1,14 +1,7 @@
-// Which block does what, and the stream of pages into shared memory.
-//
-// A row = (sequence, KV head, tile of query columns). Its items are chunks (half pages) and, amid them, exact items of 32 tokens (sinks, ring,
-// new tokens): a warp waits for each load of theirs, and meanwhile others keep the memory busy. They take about as long as three chunks, so
-// where a block has many, the warps that have an exact item are given nothing for two more turns.
-// All items of all rows lie on one line, in row order, which is cut into equal parts, one per block (32-bit item numbers: enough for
-// 2^31 pages and heads): each row by itself where rows are equally long and blocks enough, because a border inside a block costs a second
-// query, merge and wait, else the whole line. Warp w takes every W-th item of the block, across row borders, so no warp idles at a border.
-// Each warp owns a ring of R slots of half pages' sides (K or V of 64 tokens).
+// The stream of pages into shared memory. Each warp owns a ring of R slots of chunks' sides (K or V of 64 tokens).
 #pragma once
 #include "trellis.cuh"
+#include "share.cuh"
 
 // One row of a call. recent_k/v: exact tokens folded..length-1, token folded + e in slot (first + e) % ring of [H][stride / D][D];
 // pages: addresses of ceil(folded / 128) pages; pad: the call's first tokens that are padding.
@@ -18,7 +11,6 @@ struct Args {
   long long q_b, q_h, q_i, k_b, k_h, k_i, v_b, v_h, v_i, o_b, o_h, o_i;                                            // strides in elements
   int B, H, G, Q, sinks, tiles, blocks, parts; float scale; Levels key, value; const u32 *key_pairs, *value_pairs;           // tables of trellis.cuh
 };
-constexpr int MAX_BATCH = 128, EXACT_ITEM = 32, CHUNK = 64, EXACT_TURNS = 3;
 
 // One kernel variant. W warps, R ring slots per warp, NG groups of 4 query columns, BULK: cp.async.bulk, H16: float16 model.
 // MODE 0 real, 1 loads only, 2 arithmetic only (1 and 2 are for measuring: wrong results), 4 keys of pages only (logits.cu).
@@ -39,60 +31,15 @@ template <int D_, int KF_, int VF_, int MEAN_, int NG_, int W_, int R_, int BULK
   static_assert(SMEM <= SHARED_LIMIT, "rings do not fit in shared memory");
 };
 
-// A line of items cut into blocks: every `span` of them into `parts`, of which the first `more` are one item longer.
-struct Cut {
-  int span, parts, each, more;
-  DI Cut(int span_, int parts_) : span(span_), parts(parts_) { each = span / parts; more = span - each * parts; }
-  DI int begin(int c) const { const int s = c / parts, k = c - s * parts; return s * span + k * each + (k < more ? k : more); }
-  DI int size(int c) const { return each + (c % parts < more); }
-  DI int block(int item) const {
-    const int s = item / span, i = item - s * span, longer = more * (each + 1);
-    return s * parts + (i < longer ? i / (each + 1) : more + (i - longer) / each);
-  }
-};
-struct Row {                                       // first: item number of its first item; exact items follow `middle` chunks
-  int b, head, tile, row, first, items, exact, middle, turns;
-  DI void put(volatile Row& to) const {
-    to.b = b; to.head = head; to.tile = tile; to.row = row; to.first = first; to.items = items; to.exact = exact; to.middle = middle; to.turns = turns;
-  }
-  // The chunk that is item x of the row, or -1: an exact item, or an empty one in the next `turns` - 1 turns of all W warps.
-  DI int chunk(int x, int W) const volatile {
-    if (x < middle) return x;
-    const int at = x - middle, turn = turns == 1 ? 0 : at / W, from = at - turn * W;
-    if (turn >= turns) return x - turns * exact;
-    return from < exact ? -1 : x - (turn + 1) * exact;
-  }
-};
-// Not inlined: five copies of it are code to fetch, at a kernel's start as costly as running it.
-__device__ __noinline__ Row locate_item(const int* first, const int* exact, int B, int H, int tiles, int item) {
-  int lo = 0, hi = B;
-  while (hi - lo > 1) { int mid = (lo + hi) >> 1; if (first[mid] <= item) lo = mid; else hi = mid; }
-  Row r; int rows = H * tiles; r.b = lo; r.items = (first[lo + 1] - first[lo]) / rows;
-  int k = (item - first[lo]) / r.items; r.row = lo * rows + k; r.head = tiles == 1 ? k : k / tiles; r.tile = k - r.head * tiles;
-  r.first = first[lo] + k * r.items; r.exact = exact[lo] & 0xffff; r.turns = exact[lo] >> 16;
-  r.middle = (r.items - r.exact * r.turns) / 2; return r;
-}
-struct Plan {
-  int* first;      // [B + 1] item number of each sequence's first item; at MAX_BATCH + 1 the parts of a row, 0: the line is cut as a whole
-  int* exact;      // [B] exact items of a row, the turns each takes in the upper half; at MAX_BATCH + 1 the number of blocks
+struct Plan : Share {
   const Args& P;
-  DI Plan(unsigned char* at, const Args& P_) : first((int*)at), exact(first + MAX_BATCH + 2), P(P_) {}
-  DI int total() const { return first[P.B]; }
-  DI int blocks() const { return exact[MAX_BATCH + 1]; }
-  DI Cut cut() const { const int parts = first[MAX_BATCH + 1]; return parts ? Cut(first[1] / (P.H * P.tiles), parts) : Cut(total(), blocks()); }
-  DI void choose_blocks(bool same) {                // rows of one length: as the host has worked it out
-    const bool even = same && total() >= P.blocks; const int all = gridDim.x;
-    exact[MAX_BATCH + 1] = even ? P.blocks : total() < all ? total() : all; first[MAX_BATCH + 1] = even ? P.parts : 0;
-  }
-  DI Row locate(int item) const { return locate_item(first, exact, P.B, P.H, P.tiles, item); }
+  DI Plan(unsigned char* at, const Args& P_) : Share{(int*)at, (int*)at + MAX_BATCH + 2, P_.B, P_.H, P_.tiles}, P(P_) {}
 };
 DI int exact_tokens(const Args& P, int length, int folded, int pad) { return (folded > 0 ? P.sinks : 0) + length - folded + P.Q - pad; }
 template <class C> DI void make_plan(const Args& P, Plan& plan) {    // all threads; ends with a barrier
   for (int b = threadIdx.x; b < P.B; b += C::THREADS) {
     const Sequence& s = P.seq[b]; int folded = ldg_int(&s.folded), n = exact_tokens(P, ldg_int(&s.length), folded, ldg_int(&s.pad));
-    const int chunks = (folded + CHUNK - 1) / CHUNK, e = C::KEYS ? 0 : n > 0 ? (n + EXACT_ITEM - 1) / EXACT_ITEM : 1;
-    const int parts = P.parts > 1 ? P.parts : 1, turns = e <= C::W && chunks >= 8 * C::W * parts ? EXACT_TURNS : 1;
-    plan.exact[b] = e | turns << 16; plan.first[b + 1] = (chunks + e * turns) * P.H * P.tiles; touch(&s.pages);
+    plan.put(b, (folded + CHUNK - 1) / CHUNK, C::KEYS ? 0 : n > 0 ? (n + EXACT_ITEM - 1) / EXACT_ITEM : 1, C::W, P.parts); touch(&s.pages);
   }
   __syncthreads();
   if (threadIdx.x < 32) {
@@ -104,7 +51,7 @@ template <class C> DI void make_plan(const Args& P, Plan& plan) {    // all thre
       x += carry; if (b < P.B) plan.first[b + 1] = x; carry = __shfl_sync(~0u, x, 31);
     }
     __syncwarp();                                 // thread 0 reads what another lane wrote
-    if (threadIdx.x == 0) { plan.first[0] = 0; plan.choose_blocks(same); }
+    if (threadIdx.x == 0) { plan.first[0] = 0; plan.choose_blocks(same, P.blocks, P.parts, gridDim.x); }
   }
   __syncthreads();
 }
