@@ -143,7 +143,8 @@ def needle_table(by_kind: bool) -> str:
     """A row per context and model, of each kind or of all together."""
     grid: dict[tuple[int, str, str], dict[str, list[Row]]] = {}
     for (context, model, kind, profile), rows in needle_cells().items():
-        grid.setdefault((context, model, kind if by_kind else ""), {}).setdefault(profile, []).extend(rows)
+        if profile in NEEDLE_PROFILES:
+            grid.setdefault((context, model, kind if by_kind else ""), {}).setdefault(profile, []).extend(rows)
     body = []
     for (context, model, kind), of in sorted(grid.items()):
         recorded = [f"{r['date']} {r['commit']}" for rows in of.values() for r in rows]
