@@ -161,8 +161,8 @@ def needle_loss_table() -> str:
     """A row per model and profile: every answer up to LONGEST_GRID tokens, and the loss with its standard error."""
     grid: dict[tuple[str, str], list[Row]] = {}
     for (context, model, _, profile), rows in needle_cells().items():
-        if context <= LONGEST_GRID and profile in NEEDLE_PROFILES:
-            grid.setdefault((model, profile), []).extend(rows)
+        if context <= LONGEST_GRID and (profile in NEEDLE_PROFILES or profile.startswith("tuned-")):
+            grid.setdefault((model, profile.removesuffix(".toml")), []).extend(rows)
     body = []
     for (model, profile), rows in sorted(grid.items()):
         lost = [float(r["answer_nll"]) - float(r["answer_nll_reference"]) for r in rows]
