@@ -29,18 +29,16 @@ inline float half_to_float(std::uint16_t half) {
   return float_of(sign | bits_of(subnormal));
 }
 
-// Round to nearest, ties to even; overflow gives infinity.
+// Round to nearest, ties to even; overflow gives infinity. Choices rather than branches, so that a loop of them goes into vectors.
 inline std::uint16_t float_to_half(float value) {
   const std::uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
-  if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
-  if (magnitude < 0x38800000u) {
-    // Adding 2^-1 places the half's last bit at the float's last bit, so the addition itself rounds.
-    const float aligned = float_of(magnitude) + 0.5f;
-    return static_cast<std::uint16_t>(sign | (bits_of(aligned) - 0x3f000000u));
-  }
-  const std::uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-  return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+  const std::uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  // Adding 2^-1 places the half's last bit at the float's last bit, so the addition itself rounds.
+  const std::uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return static_cast<std::uint16_t>(sign | half);
 }
 
 inline std::uint16_t float_to_bfloat16(float value) {

@@ -1,5 +1,5 @@
-// Codes [128][D] <-> the engine's planes, the canonical planes, and the permutation between both. Plain integer code: format.h has the
-// picture. Included by every level (fold packs with it), hence in an anonymous namespace.
+// Codes <-> the engine's planes, the canonical planes, and the permutation between both. Plain integer code: format.h has the picture.
+// Included by every level (fold packs with it), hence in an anonymous namespace.
 #ifndef KVFOLD_PACK_H
 #define KVFOLD_PACK_H
 
@@ -35,62 +35,43 @@ inline std::uint32_t field_of(std::uint32_t word, int field) {
   return ((word >> Shift) & kMask) << (Width * field);
 }
 
-// One plane of one group of 16 tokens; lines of 64 bytes. Widths are template arguments so that compilers vectorise.
+// One plane of a group, `lines` lines of 64 bytes. Widths are template arguments so that compilers vectorise.
 template <int Width, int Shift>
-inline void pack_key_plane(const std::uint8_t* codes, int dim, std::uint8_t* out) {
-  const int lines = dim / 4 * Width / 8;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const std::uint8_t* token = codes + lane * dim;
-    std::uint32_t words[kMaxDim / 4 * Width / 8] = {};
-    for (int f = 0; f < 8 / Width; ++f)
-      for (int s = 0; s < lines; ++s) words[s] |= field_of<Width, Shift>(load_word(token + 4 * (s + f * lines)), f);
-    for (int s = 0; s < lines; ++s) std::memcpy(out + 64 * s + 4 * lane, &words[s], sizeof words[s]);
+inline void pack_plane(const std::uint8_t* quads, int lines, std::uint8_t* out) {
+  for (int i = 0; i < 16 * lines; ++i) {
+    std::uint32_t word = 0;
+    for (int f = 0; f < 8 / Width; ++f) word |= field_of<Width, Shift>(load_word(quads + 4 * (i + f * 16 * lines)), f);
+    std::memcpy(out + 4 * i, &word, sizeof word);
+  }
+}
+
+// Codes of one side of a page, as [group][quad][lane][member of the quad], one a byte -> its planes.
+inline void pack_groups(const std::uint8_t* codes, int groups, int quads, int bits, std::uint8_t* out) {
+  const std::size_t bytes = Layout::group_bytes(quads, bits);
+  for (int g = 0; g < groups; ++g, codes += 64 * quads, out += bytes) {
+    if (bits == 4) {
+      pack_plane<4, 0>(codes, quads / 2, out);
+    } else {
+      pack_plane<2, 0>(codes, quads / 4, out);
+      if (bits == 3) pack_plane<1, 2>(codes, quads / 8, out + bytes / 3 * 2);
+    }
   }
 }
 
 inline void pack_keys(const std::uint8_t* codes, int dim, int bits, std::uint8_t* out) {
-  const std::size_t group = Layout::group_bytes(dim / 4, bits);
-  for (int g = 0; g < kTokenGroups; ++g, codes += kLanes * dim, out += group) {
-    if (bits == 4) {
-      pack_key_plane<4, 0>(codes, dim, out);
-    } else {
-      pack_key_plane<2, 0>(codes, dim, out);
-      if (bits == 3) pack_key_plane<1, 2>(codes, dim, out + group / 3 * 2);
-    }
-  }
-}
-
-// One plane of one group of 16 coordinates, whose codes were interleaved to [quad][lane][token of the quad].
-template <int Width, int Shift>
-inline void pack_value_plane(const std::uint8_t (*quads)[kLanes * 4], std::uint8_t* out) {
-  constexpr int kLines = kTokenQuads * Width / 8;
-  for (int s = 0; s < kLines; ++s) {
-    std::uint32_t words[kLanes] = {};
-    for (int f = 0; f < 8 / Width; ++f)
-      for (int lane = 0; lane < kLanes; ++lane) words[lane] |= field_of<Width, Shift>(load_word(quads[s + f * kLines] + 4 * lane), f);
-    std::memcpy(out + 64 * s, words, sizeof words);
-  }
+  alignas(64) std::uint8_t quads[kPageTokens * kMaxDim];
+  for (int t = 0; t < kPageTokens; ++t, codes += dim)
+    for (int j = 0; j < dim; j += 4)
+      std::memcpy(quads + t / kLanes * kLanes * dim + j / 4 * 64 + t % kLanes * 4, codes + j, 4);
+  pack_groups(quads, kTokenGroups, dim / 4, bits, out);
 }
 
 inline void pack_values(const std::uint8_t* codes, int dim, int bits, std::uint8_t* out) {
-  const std::size_t group = Layout::group_bytes(kTokenQuads, bits);
-  for (int g = 0; g < dim / kLanes; ++g, out += group) {
-    alignas(64) std::uint8_t quads[kTokenQuads][kLanes * 4];
-    for (int quad = 0; quad < kTokenQuads; ++quad) {
-      const std::uint8_t* first = codes + 4 * quad * dim + g * kLanes;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const std::uint32_t word = first[lane] | std::uint32_t{first[dim + lane]} << 8 | std::uint32_t{first[2 * dim + lane]} << 16 |
-                                   std::uint32_t{first[3 * dim + lane]} << 24;
-        std::memcpy(quads[quad] + 4 * lane, &word, sizeof word);
-      }
-    }
-    if (bits == 4) {
-      pack_value_plane<4, 0>(quads, out);
-    } else {
-      pack_value_plane<2, 0>(quads, out);
-      if (bits == 3) pack_value_plane<1, 2>(quads, out + group / 3 * 2);
-    }
-  }
+  alignas(64) std::uint8_t quads[kPageTokens * kMaxDim];
+  for (int t = 0; t < kPageTokens; ++t)
+    for (int j = 0; j < dim; ++j)
+      quads[j / kLanes * kLanes * kPageTokens + t / 4 * 64 + j % kLanes * 4 + t % 4] = codes[t * dim + j];
+  pack_groups(quads, dim / kLanes, kTokenQuads, bits, out);
 }
 
 // The byte of the engine's codes that holds (lane, i) of a quad, and the position of its plane's bits within the byte.

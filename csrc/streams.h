@@ -97,10 +97,6 @@ inline void unpack_canonical_symbols(const std::uint8_t* in, int dim, const kvf_
   });
 }
 
-// The order in which attention reads the coordinates of a trellis side: 0 2 4 6 1 3 5 7 of each eight, so that four that follow each
-// other have the same width. place(j) is where coordinate j comes.
-inline int place_in_trellis(int j) { return (j & ~7) | (j & 1) << 2 | (j & 6) >> 1; }
-
 // Visits (coordinate, level) of one token by look-up of two levels at a time.
 template <class Visit>
 inline void read_levels(const std::uint8_t* in, int dim, const kvf_trellis_reader& code, int token, std::uint8_t header, const Visit& visit) {

@@ -11,6 +11,7 @@
 
 #include "level.h"
 #include "softmax.h"
+#include "unroll.h"
 
 namespace kvfold {
 namespace {
@@ -46,22 +47,46 @@ void exact_scores(const QueryTile& tile, int first, const float* keys, int token
 }
 
 // [token][coordinate] -> [coordinate][token]; tokens beyond the block's end are copied too and masked later.
-inline void turn_block(const float* keys, int dim, float* turned) {
-  for (int j = 0; j < dim; ++j)
-    for (int t = 0; t < kExactTokens; ++t) turned[j * kExactTokens + t] = keys[t * kMaxDim + j];
+template <class Simd>
+void turn_block(const float* keys, int dim, float* turned) {
+  constexpr int kWidth = Simd::kWidth;
+  for (int t = 0; t < kExactTokens; t += kWidth)
+    for (int j = 0; j < dim; j += kWidth) {
+      typename Simd::Float rows[kWidth];
+      unroll<kWidth>([&](auto i) { rows[i] = Simd::load(keys + (t + i) * kMaxDim + j); });
+      Simd::transpose(rows);
+      unroll<kWidth>([&](auto i) { Simd::store(turned + (j + i) * kExactTokens + t, rows[i]); });
+    }
+}
+
+// Vectors that share the broadcast of a row's number: as many as there are registers for with eight rows.
+template <class Simd>
+constexpr int kShared = Simd::kBytes == 64 ? 2 : 1;
+
+// sums[r][v] += sum over i of rows[r][i] * matrix[i][v], count of each.
+template <class Simd, int Rows>
+KVF_INLINE void accumulate(const float* rows, int row_stride, const float* matrix, int stride, int count,
+                           typename Simd::Float (&sums)[Rows][kShared<Simd>]) {
+  for (int i = 0; i < count; ++i, matrix += stride) {
+    typename Simd::Float vectors[kShared<Simd>];
+    for (int v = 0; v < kShared<Simd>; ++v) vectors[v] = Simd::load(matrix + v * Simd::kWidth);
+    unroll<Rows>([&](auto r) {
+      const auto x = Simd::set(rows[r * row_stride + i]);
+      for (int v = 0; v < kShared<Simd>; ++v) sums[r][v] = Simd::fma(x, vectors[v], sums[r][v]);
+    });
+  }
 }
 
 // exact_scores over turned keys, always kExactTokens of them.
 template <class Simd, int Rows>
 void turned_scores(const QueryTile& tile, int first, const float* turned, int dim, float (*scores)[kExactTokens]) {
-  for (int t = 0; t < kExactTokens; t += Simd::kWidth) {
-    typename Simd::Float sums[Rows];
-    for (auto& sum : sums) sum = Simd::set(0.0f);
-    for (int j = 0; j < dim; ++j) {
-      const auto key = Simd::load(turned + j * kExactTokens + t);
-      for (int r = 0; r < Rows; ++r) sums[r] = Simd::fma(key, Simd::set(tile.query[first + r][j]), sums[r]);
-    }
-    for (int r = 0; r < Rows; ++r) Simd::store(scores[r] + t, sums[r]);
+  for (int t = 0; t < kExactTokens; t += kShared<Simd> * Simd::kWidth) {
+    typename Simd::Float sums[Rows][kShared<Simd>];
+    for (auto& row : sums)
+      for (auto& sum : row) sum = Simd::set(0.0f);
+    accumulate<Simd, Rows>(tile.query[first], kMaxDim, turned + t, kExactTokens, dim, sums);
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < kShared<Simd>; ++v) Simd::store(scores[r] + t + v * Simd::kWidth, sums[r][v]);
   }
 }
 
@@ -98,14 +123,13 @@ void exact_rows(TileState& state, const QueryTile& tile, int first, const ExactB
     for (int t = seen[r]; t < kExactTokens; ++t) scores[r][t] = kMasked;
     exact_weights<Simd>(state, first + r, scores[r], dim);
   }
-  for (int j = 0; j < dim; j += Simd::kWidth) {
-    typename Simd::Float sums[Rows];
-    for (int r = 0; r < Rows; ++r) sums[r] = Simd::load(state.output[first + r] + j);
-    for (int t = 0; t < tokens; ++t) {
-      const auto value = Simd::load(block.values + t * kMaxDim + j);
-      for (int r = 0; r < Rows; ++r) sums[r] = Simd::fma(Simd::set(scores[r][t]), value, sums[r]);
-    }
-    for (int r = 0; r < Rows; ++r) Simd::store(state.output[first + r] + j, sums[r]);
+  for (int j = 0; j < dim; j += kShared<Simd> * Simd::kWidth) {
+    typename Simd::Float sums[Rows][kShared<Simd>];
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < kShared<Simd>; ++v) sums[r][v] = Simd::load(state.output[first + r] + j + v * Simd::kWidth);
+    accumulate<Simd, Rows>(scores[0], kExactTokens, block.values + j, kMaxDim, tokens, sums);
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < kShared<Simd>; ++v) Simd::store(state.output[first + r] + j + v * Simd::kWidth, sums[r][v]);
   }
 }
 
@@ -138,7 +162,7 @@ void attend_exact(const ExactTask& task) {
     const int tokens = static_cast<int>(task.count - first < kExactTokens ? task.count - first : kExactTokens);
     convert_block<Simd>(task.keys, first, task.key_stride, tokens, task.dim, task.dtype, keys);
     convert_block<Simd>(task.values, first, task.value_stride, tokens, task.dim, task.dtype, values);
-    if (turns) turn_block(keys, task.dim, turned);
+    if (turns) turn_block<Simd>(keys, task.dim, turned);
     for (int i = 0; i < task.tile_count; ++i) exact_tile<Simd>(task, i, first, tokens, block);
   }
 }

@@ -16,7 +16,17 @@ constexpr int kTileRows = 8;
 constexpr float kGridTop = 32639.0f;
 // With every code line the one this far ahead is asked for, into the first level cache (best of 1 to 16 KB, both levels, on Zen 4).
 constexpr int kPrefetchBytes = 2048;
-constexpr int kLevelBits = 8;  // of levels that were unpacked: a dot product takes them as they are
+// What a dot product reads instead of packed codes, where pages of trellis codes are unpacked first. Lines of 64 bytes, one quad in each,
+// unless said otherwise.
+enum Unpacked : int {
+  kLevelBits = 8,      // levels as they are
+  kIndexBits = 24,     // indices of levels, in bytes that have no other bits
+  kPairBits = 20,      // indices in half bytes: line s has quads s / 4 * 8 + s % 4 and, above, the one four further on
+  kLowHalfBits = 40,   // indices in half bytes, of which the high ones are of another dot product
+  kHighHalfBits = 56,  // and those
+};
+// Bits that a code, or what stands for it, takes of a line.
+constexpr int width_of(int bits) { return bits & 15; }
 // Operands of line levels: row by row, eight bytes per quad.
 constexpr int kOperandRow = kMaxDim / 4 * 8;
 constexpr int kOperandBytes = kTileRows * kOperandRow;
@@ -97,6 +107,7 @@ struct Level {
   void (*exact)(const ExactTask& task);                         // attention over exact tokens
   bool (*fold)(const FoldTask& task);                           // one head of one page; false: a scale is not finite
   void (*hadamard)(float* vector, int dim);                     // unnormalised, in place
+  int (*place)(const kvf_side& side, int j);                    // where attention over pages has coordinate j
   std::int64_t (*read)(const std::uint8_t* data, std::int64_t bytes);
 };
 

@@ -19,6 +19,7 @@
 #include "level.h"
 #include "softmax.h"
 #include "trellis.h"
+#include "unroll.h"
 
 namespace kvfold {
 namespace {
@@ -38,22 +39,34 @@ template <class Simd, int Bits>
 Dot dot_for_quads(int quads, int rows) {
   if (quads == 16) return dot_for_rows<Simd, Bits, 16>(rows);
   if (quads == 32) return dot_for_rows<Simd, Bits, 32>(rows);
-  if constexpr (Bits != kLevelBits)
+  if constexpr (Bits < kLevelBits)  // trellis codes have no head_dim of 96
     if (quads == 24) return dot_for_rows<Simd, Bits, 24>(rows);
   return dot_for_rows<Simd, Bits, 64>(rows);
 }
 
 template <class Simd>
 Dot dot_for(int bits, int quads, int rows) {
-  if (bits == kLevelBits) return dot_for_quads<Simd, kLevelBits>(quads, rows);
+  if constexpr (TrellisReader<Simd>::kIndices) {
+    if (bits == kIndexBits) return dot_for_quads<Simd, kIndexBits>(quads, rows);
+    if (bits == kPairBits) return dot_for_quads<Simd, kPairBits>(quads, rows);
+    if (bits == kLowHalfBits) return dot_for_rows<Simd, kLowHalfBits, kTokenQuads>(rows);
+    if (bits == kHighHalfBits) return dot_for_rows<Simd, kHighHalfBits, kTokenQuads>(rows);
+  } else if (bits == kLevelBits) {
+    return dot_for_quads<Simd, kLevelBits>(quads, rows);
+  }
   if (bits == 4) return dot_for_quads<Simd, 4>(quads, rows);
   if (bits == 3) return dot_for_quads<Simd, 3>(quads, rows);
   return dot_for_quads<Simd, 2>(quads, rows);
 }
 
-// Levels repeated over 64 bytes, so that a lookup may ignore the high bits of its index.
-inline void fill_table(const kvf_side& side, int bias, std::uint8_t* table) {
-  for (int i = 0; i < 64; ++i) table[i] = static_cast<std::uint8_t>(side.levels[i & ((1 << side.bits) - 1)] + bias);
+// 2^bits levels repeated over 64 bytes, so that a lookup may ignore the high bits of its index.
+inline void fill_table(const std::int8_t* levels, int bits, int bias, std::uint8_t* table) {
+  for (int i = 0; i < 64; ++i) table[i] = static_cast<std::uint8_t>(levels[i & ((1 << bits) - 1)] + bias);
+}
+
+template <class Simd>
+int place(const kvf_side& side, int j) {
+  return side.trellis == nullptr ? j : TrellisReader<Simd>::place(*side.trellis, j);
 }
 
 template <class Simd>
@@ -105,32 +118,42 @@ struct LineSink {  // weights of one block in the order dot() reads
   void put(int row, int token, typename Simd::Int grid) { Simd::store_quads(grid, operand + row * kOperandRow + 2 * token); }
 };
 
-// Codes of one side of a page as dot() takes them: packed, or unpacked from a trellis to `levels`; and their tokens' scales.
+// Codes of one side of a page as dot() takes them: packed, or unpacked from a trellis to `levels`; and their tokens' scales. `bits` and
+// `high_bits` say what dot() reads, of even and odd groups of values.
 template <class Simd>
 struct SideReader {
-  SideReader(const kvf_side& side, int dim, int bias) : bits(side.trellis == nullptr ? side.bits : kLevelBits) {
-    if (side.trellis != nullptr)
+  using Trellis = TrellisReader<Simd>;
+
+  SideReader(const kvf_side& side, int dim, int bias, bool keys)
+      : bits(side.trellis == nullptr ? side.bits : keys ? Trellis::key_bits(*side.trellis) : Trellis::value_bits(*side.trellis)),
+        high_bits(bits == kLowHalfBits ? kHighHalfBits : bits) {
+    if (side.trellis == nullptr) {
+      fill_table(side.levels, side.bits, bias, table);
+    } else {
       trellis.emplace(*side.trellis, dim, bias);
-    else
-      fill_table(side, bias, table);
+      fill_table(side.trellis->levels, trellis_index_bits(*side.trellis), bias, table);
+    }
   }
+
+  // Where a group of coordinates begins.
+  std::size_t value_group(int g) const { return Layout::group_bytes(kTokenQuads, width_of(bits)) * (bits == high_bits ? g : g / 2); }
 
   const std::uint8_t* keys(const std::uint8_t* codes, const std::uint8_t* headers) {
     if (!trellis) return codes;
     trellis->keys(codes, headers, levels);
     return levels;
   }
-  const std::uint8_t* values(const std::uint8_t* codes, const std::uint8_t* headers) {
+  const std::uint8_t* values(const std::uint8_t* codes, const std::uint8_t* headers, std::uint8_t* buffer) const {
     if (!trellis) return codes;
-    trellis->values(codes, headers, levels);
-    return levels;
+    trellis->values(codes, headers, buffer);
+    return buffer;
   }
   void scales(const std::uint8_t* stored, const std::uint8_t* unit, float* out) const {
     if (trellis) return trellis_scales(stored, unit, out);
     load_scales<Simd>(stored, out);
   }
 
-  const int bits;
+  const int bits, high_bits;
   std::optional<TrellisReader<Simd>> trellis;
   alignas(64) std::uint8_t table[64];
   alignas(64) std::uint8_t levels[kPageTokens * kMaxDim];
@@ -139,8 +162,8 @@ struct SideReader {
 template <class Simd>
 struct PagesKernel {
   explicit PagesKernel(const PagesTask& work)
-      : task(work), layout(*work.format), key(work.format->key, work.format->head_dim, Simd::kBias),
-        value(work.format->value, work.format->head_dim, Simd::kBias), block_pages(key.trellis || value.trellis ? 1 : kBlockPages) {
+      : task(work), layout(*work.format), key(work.format->key, work.format->head_dim, Simd::kBias, true),
+        value(work.format->value, work.format->head_dim, Simd::kBias, false), block_pages(key.trellis || value.trellis ? 1 : kBlockPages) {
     std::memset(&sink, 0, sizeof sink);
     std::memset(block.sum, 0, sizeof block.sum);  // dot() rounds the number of rows up
   }
@@ -150,10 +173,11 @@ struct PagesKernel {
   void score(int which, int head, const QueryTile& tile) {
     const int quads = task.format->head_dim / 4, offset = which * kPageTokens;
     const Dot dot = dot_for<Simd>(key.bits, quads, tile.rows);
-    const std::size_t group = Layout::group_bytes(quads, key.bits);
+    const std::size_t group = Layout::group_bytes(quads, width_of(key.bits));
     float bias[kMeans][kTileRows];
     mean_scores<Simd>(task, layout, rows[which], head, tile, bias);
     for (int g = 0; g < kTokenGroups; ++g) {
+      ask(next_values, layout.value_bytes / kTokenGroups, g);
       dot({{keys[which] + g * group}, 1}, tile.operand, tile.sum, key.table, ints);
       for (int l = 0; l < kLanes; l += Simd::kWidth) {
         const auto scale = Simd::load(key_scales[which] + g * kLanes + l);
@@ -166,12 +190,12 @@ struct PagesKernel {
   }
 
   void gather(int pages, TileState& state, int count) {
-    const Dot dot = dot_for<Simd>(value.bits, kTokenQuads, count);
-    const std::size_t group = Layout::group_bytes(kTokenQuads, value.bits);
+    const Dot dots[2] = {dot_for<Simd>(value.bits, kTokenQuads, count), dot_for<Simd>(value.high_bits, kTokenQuads, count)};
     for (int g = 0; g < task.format->head_dim / kLanes; ++g) {
+      ask(next_keys, layout.key_bytes / (layout.dim / kLanes), g);
       Parts parts = {{}, pages};
-      for (int p = 0; p < pages; ++p) parts.codes[p] = values[p] + g * group;
-      dot(parts, sink.operand, block.sum, value.table, ints);
+      for (int p = 0; p < pages; ++p) parts.codes[p] = values[p] + value.value_group(g);
+      dots[g % 2](parts, sink.operand, block.sum, value.table, ints);
       for (int r = 0; r < count; ++r)
         for (int l = 0; l < kLanes; l += Simd::kWidth) {
           float* out = state.output[r] + g * kLanes + l;
@@ -180,11 +204,33 @@ struct PagesKernel {
     }
   }
 
-  void open(int which, std::int64_t index, int head) {
+  // Asks for a part of the codes that are unpacked next. Unpacking reads them in less time than memory takes; the dot products before it
+  // read none. Inlined like all prefetching: GCC takes a function that does nothing else for one without effect, and drops its calls.
+  KVF_INLINE void ask(const std::uint8_t* codes, std::size_t bytes, int part) const {
+    if (codes == nullptr) return;
+    for (std::size_t i = 0; i < bytes; i += 64) Simd::prefetch_early(codes + part * bytes + i);
+  }
+
+  // Where the codes are that are unpacked after the keys of this head, and after its values.
+  void find_next(std::int64_t index, int h) {
+    next_keys = next_values = nullptr;
+    if (task.tile_count > 1) return;
+    if (value.trellis) next_values = page(index) + layout.value_codes(task.first_head + h);
+    const bool same_page = h + 1 < task.head_count;
+    if (!key.trellis || (!same_page && index + 1 == task.count)) return;
+    next_keys = page(same_page ? index : index + 1) + layout.key_codes(task.first_head + (same_page ? h + 1 : 0));
+  }
+
+  void open_keys(int which, std::int64_t index, int head) {
     const std::uint8_t* now = rows[which] = page(index);
     keys[which] = key.keys(now + layout.key_codes(head), now + layout.key_scales(head));
     key.scales(now + layout.key_scales(head), now + layout.key_unit(head), key_scales[which]);
-    values[which] = value.values(now + layout.value_codes(head), now + layout.value_scales(head));
+  }
+
+  // A single tile is done with the keys by then: their buffer is still in the first level cache.
+  void open_values(int which, int head) {
+    std::uint8_t* buffer = task.tile_count == 1 ? key.levels : value.levels;
+    values[which] = value.values(rows[which] + layout.value_codes(head), rows[which] + layout.value_scales(head), buffer);
   }
 
   void attend_tile(std::int64_t first, int pages, int head, const QueryTile& tile, TileState& state) {
@@ -193,6 +239,8 @@ struct PagesKernel {
       value.scales(rows[p] + layout.value_scales(head), rows[p] + layout.value_unit(head), block.value_scales + p * kPageTokens);
     mask_block(block, task, first, pages, tile.rows);
     softmax<Simd>(block, pages, tile.rows, task.format->head_dim, state, sink);
+    if (task.tile_count == 1)
+      for (int p = 0; p < pages; ++p) open_values(p, head);
     gather(pages, state, tile.rows);
   }
 
@@ -200,9 +248,12 @@ struct PagesKernel {
     for (std::int64_t first = 0; first < task.count; first += block_pages) {
       const int pages = task.count - first < block_pages ? 1 : block_pages;
       for (int h = 0; h < task.head_count; ++h) {
-        for (int p = 0; p < pages; ++p) open(p, first + p, task.first_head + h);
-        for (int i = h * task.tile_count; i < (h + 1) * task.tile_count; ++i)
-          attend_tile(first, pages, task.first_head + h, task.tiles[i], task.states[i]);
+        const int head = task.first_head + h;
+        for (int p = 0; p < pages; ++p) open_keys(p, first + p, head);
+        if (task.tile_count > 1)
+          for (int p = 0; p < pages; ++p) open_values(p, head);
+        find_next(first, h);
+        for (int i = h * task.tile_count; i < (h + 1) * task.tile_count; ++i) attend_tile(first, pages, head, task.tiles[i], task.states[i]);
       }
     }
   }
@@ -211,6 +262,7 @@ struct PagesKernel {
   const Layout layout;
   SideReader<Simd> key, value;
   const int block_pages;
+  const std::uint8_t *next_keys = nullptr, *next_values = nullptr;
   const std::uint8_t *rows[kBlockPages], *keys[kBlockPages], *values[kBlockPages];
   alignas(64) float key_scales[kBlockPages][kPageTokens];
   alignas(64) std::int32_t ints[kTileRows * kLanes];

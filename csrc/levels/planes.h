@@ -2,7 +2,7 @@
 //
 // walk<Simd, Bits, Quads>(src, part, visit) reads the lines of a group and calls visit(quad, indices) for each of its quads, where
 // `indices` holds in every byte the code of one lane (in its low bits; higher bits are whatever the line held, the lookup ignores
-// them). `part` selects a register's width of every 64-byte line. Layout: format.h. Eight bits are unpacked levels, one quad per line.
+// them). `part` selects a register's width of every 64-byte line. Layout: format.h. Of pages that were unpacked see level.h.
 // Packed lines are prefetched at the pace of the walk, by its first part: asked for in bursts they would keep each other waiting.
 // merge() joins two bits and one to a code; where kMergesPairs says so, in both halves of a byte, which are fields f and f + 4.
 #ifndef KVFOLD_PLANES_H
@@ -18,7 +18,7 @@ namespace {
 
 template <class Simd, int Bits, int Quads, class Visit>
 inline void walk(const std::uint8_t* src, int part, const Visit& visit) {
-  const auto ahead = [src, part](int line) {
+  const auto ahead = [src, part](int line) KVF_INLINE_LAMBDA {
     if (part == 0) Simd::prefetch_codes(src + 64 * line);
   };
   const std::uint8_t* mine = src + part * Simd::kBytes;
@@ -42,11 +42,20 @@ inline void walk(const std::uint8_t* src, int part, const Visit& visit) {
         });
       }
     }
+  } else if constexpr (Bits == kPairBits) {
+    for (int s = 0; s < Quads / 2; ++s) {
+      const auto raw = Simd::load_codes(mine + 64 * s);
+      const int quad = s / 4 * 8 + s % 4;
+      visit(quad, raw);
+      visit(quad + 4, Simd::template shift<4>(raw));
+    }
+  } else if constexpr (Bits >= kLevelBits) {
+    for (int s = 0; s < Quads; ++s) visit(s, Simd::template shift<Bits == kHighHalfBits ? 4 : 0>(Simd::load_codes(mine + 64 * s)));
   } else {
     constexpr int kLines = Quads * Bits / 8;
     for (int s = 0; s < kLines; ++s) {
       const auto raw = Simd::load_codes(mine + 64 * s);
-      if constexpr (Bits != kLevelBits) ahead(s);
+      ahead(s);
       unroll<8 / Bits>([&](auto field) {
         constexpr int f = decltype(field)::value;
         visit(s + f * kLines, Simd::template shift<f * Bits>(raw));

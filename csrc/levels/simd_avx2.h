@@ -121,25 +121,76 @@ struct SimdAvx2 {
     const Float other = swap<Half>(a);
     return _mm256_blend_ps(_mm256_add_ps(a, other), _mm256_sub_ps(other, a), kUpper);
   }
-  template <int Bits>
-  static Int search(Float a, const float* thresholds) {
-    Int code = _mm256_setzero_si256();
-    for (int t = 0; t < (1 << Bits) - 1; ++t)  // a true comparison is -1
-      code = _mm256_sub_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(a, _mm256_set1_ps(thresholds[t]), _CMP_GT_OQ)));
-    return code;
-  }
-  static Float lookup_level(Int code, const std::int8_t* levels) {
-    const __m256i table = _mm256_broadcastsi128_si256(load_128(levels));
-    const __m256i bytes = _mm256_shuffle_epi8(table, code);
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bytes, 24), 24));
-  }
-  static void store_codes(std::uint8_t* p, Int code) {
-    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  // Rows of a matrix -> its columns.
+  static KVF_INLINE void transpose(Float* m) {
+    Float t[8];
+    unroll<4>([&](auto i) KVF_INLINE_LAMBDA {
+      t[2 * i] = _mm256_unpacklo_ps(m[2 * i], m[2 * i + 1]);
+      t[2 * i + 1] = _mm256_unpackhi_ps(m[2 * i], m[2 * i + 1]);
+    });
+    unroll<2>([&](auto half) KVF_INLINE_LAMBDA {  // m[4 i + k]: column k of both halves, of rows 4 i to 4 i + 3
+      constexpr int i = 4 * decltype(half)::value;
+      m[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      m[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+      m[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      m[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    });
+    unroll<4>([&](auto column) KVF_INLINE_LAMBDA {
+      constexpr int k = decltype(column)::value;
+      const Float low = m[k], high = m[k + 4];
+      m[k] = _mm256_permute2f128_ps(low, high, 0x20);
+      m[k + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    });
   }
 
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-  static void prefetch_codes(const std::uint8_t* p) {
+  // A codebook: how many thresholds lie strictly below a number, by halving them, and the level of that code.
+  template <int Bits>
+  class Grid {
+   public:
+    explicit Grid(const kvf_side& side) : levels(_mm256_broadcastsi128_si256(load_128(side.levels))) {
+      unroll<Bits>([&](auto index) KVF_INLINE_LAMBDA {  // after `step` comparisons the code's highest bits are known: the threshold in the middle of the rest
+        constexpr int step = decltype(index)::value;
+        alignas(32) float of_code[8] = {};
+        for (int code = 0; code < 1 << step; ++code) of_code[code] = side.thresholds[(2 * code + 1) * (1 << (Bits - 1 - step)) - 1];
+        middles[step] = step == 0 ? _mm256_set1_ps(of_code[0]) : _mm256_load_ps(of_code);
+      });
+    }
+    KVF_INLINE Int nearest(Float a) const {
+      Int code = _mm256_srli_epi32(above(a, middles[0]), 31);
+      unroll<Bits - 1>([&](auto step) KVF_INLINE_LAMBDA {
+        const Float middle = _mm256_permutevar8x32_ps(middles[decltype(step)::value + 1], code);
+        code = _mm256_sub_epi32(_mm256_add_epi32(code, code), above(a, middle));  // a true comparison is -1
+      });
+      return code;
+    }
+    KVF_INLINE Float level(Int code) const {
+      const __m256i bytes = _mm256_shuffle_epi8(levels, code);
+      return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bytes, 24), 24));
+    }
+
+   private:
+    static Int above(Float a, Float b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+    Int levels;
+    Float middles[Bits];
+  };
+
+  // Codes of four coordinates -> bytes of one word per lane.
+  static Int join(Int a, Int b, Int c, Int d) {
+    const Int low = _mm256_or_si256(a, _mm256_slli_epi32(b, 8)), high = _mm256_or_si256(c, _mm256_slli_epi32(d, 8));
+    return _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+  }
+  static void store_ints(std::uint8_t* p, Int a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+  // 4 x 4 bytes of every four lanes turned, for four lanes sixteen bytes of a line.
+  static void store_turned(std::uint8_t* p, Int a) {
+    const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    a = _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(turn));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(a));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 64), _mm256_extracti128_si256(a, 1));
+  }
+
+  static KVF_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static KVF_INLINE void prefetch_early(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static KVF_INLINE void prefetch_codes(const std::uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, _MM_HINT_T0);
   }
   static Codes load_codes(const std::uint8_t* p) { return load_256(p); }

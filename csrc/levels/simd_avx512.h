@@ -80,25 +80,110 @@ struct SimdAvx512 {
     const Float other = swap<Half>(a);
     return _mm512_mask_sub_ps(_mm512_add_ps(a, other), kUpper, other, a);
   }
-  template <int Bits>
-  static Int search(Float a, const float* thresholds) {
-    const Float table = _mm512_loadu_ps(thresholds);
-    Int code = _mm512_setzero_si512();
-    for (int step = 1 << (Bits - 1); step >= 1; step /= 2) {
-      const Float threshold = _mm512_permutexvar_ps(_mm512_add_epi32(code, _mm512_set1_epi32(step - 1)), table);
-      code = _mm512_mask_or_epi32(code, _mm512_cmp_ps_mask(a, threshold, _CMP_GT_OQ), code, _mm512_set1_epi32(step));
-    }
-    return code;
-  }
-  static Float lookup_level(Int code, const std::int8_t* levels) {
-    return _mm512_permutexvar_ps(code, load_int8(levels));
-  }
-  static void store_codes(std::uint8_t* p, Int code) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(code));
+  // Rows of a matrix -> its columns.
+  static KVF_INLINE void transpose(Float* m) {
+    Float t[16];
+    unroll<8>([&](auto i) KVF_INLINE_LAMBDA {
+      t[2 * i] = _mm512_unpacklo_ps(m[2 * i], m[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_ps(m[2 * i], m[2 * i + 1]);
+    });
+    unroll<4>([&](auto quad) KVF_INLINE_LAMBDA {  // m[4 i + k]: column k of every quarter, of rows 4 i to 4 i + 3
+      constexpr int i = 4 * decltype(quad)::value;
+      m[i] = unpack_pairs<0>(t[i], t[i + 2]);
+      m[i + 1] = unpack_pairs<1>(t[i], t[i + 2]);
+      m[i + 2] = unpack_pairs<0>(t[i + 1], t[i + 3]);
+      m[i + 3] = unpack_pairs<1>(t[i + 1], t[i + 3]);
+    });
+    unroll<4>([&](auto column) KVF_INLINE_LAMBDA {
+      constexpr int k = decltype(column)::value;
+      const Float a = _mm512_shuffle_f32x4(m[k], m[k + 4], 0x88), b = _mm512_shuffle_f32x4(m[k], m[k + 4], 0xDD);
+      const Float c = _mm512_shuffle_f32x4(m[k + 8], m[k + 12], 0x88), d = _mm512_shuffle_f32x4(m[k + 8], m[k + 12], 0xDD);
+      m[k] = _mm512_shuffle_f32x4(a, c, 0x88);
+      m[k + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+      m[k + 8] = _mm512_shuffle_f32x4(a, c, 0xDD);
+      m[k + 12] = _mm512_shuffle_f32x4(b, d, 0xDD);
+    });
   }
 
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-  static void prefetch_codes(const std::uint8_t* p) {
+  // A codebook: how many thresholds lie strictly below a number, and the level of that code. A number falls into one of 31 cells of equal
+  // width, by an instruction that never puts a larger number into a lower cell, whatever it rounds. If no cell has two thresholds, one
+  // comparison within the cell decides; else thresholds are halved.
+  template <int Bits>
+  class Grid {
+   public:
+    explicit Grid(const kvf_side& side) : levels(load_int8(side.levels)) {
+      constexpr int kCount = (1 << Bits) - 1;
+      alignas(64) float all[16] = {};
+      std::memcpy(all, side.thresholds, sizeof side.thresholds);
+      thresholds = _mm512_load_ps(all);
+      const float first = all[0] < 0 ? -all[0] : all[0], last = all[kCount - 1] < 0 ? -all[kCount - 1] : all[kCount - 1];
+      const float top = (first > last ? first : last) + 1e-30f;
+      clip = set(top);
+      scale = set(15.0f / top);
+      alignas(64) std::int32_t cells[16], base[32];
+      alignas(64) float edge[32];
+      _mm512_store_si512(cells, cell(thresholds));
+      int below = 0;
+      for (int c = 0; c < 32; ++c) {
+        base[c] = below;
+        edge[c] = 3e38f;
+        const bool here = below < kCount && (cells[below] & 31) == c;
+        if (here) edge[c] = all[below++];
+      }
+      single = below == kCount;
+      for (int i = 0; i < 2; ++i) {
+        bases[i] = _mm512_load_si512(base + 16 * i);
+        edges[i] = _mm512_load_ps(edge + 16 * i);
+      }
+    }
+
+    KVF_INLINE Int nearest(Float a) const {
+      if (!single) return halved(a);
+      const Int index = cell(a), code = _mm512_permutex2var_epi32(bases[0], index, bases[1]);
+      const __mmask16 above = _mm512_cmp_ps_mask(a, _mm512_permutex2var_ps(edges[0], index, edges[1]), _CMP_GT_OQ);
+      return _mm512_mask_sub_epi32(code, above, code, _mm512_set1_epi32(-1));
+    }
+    KVF_INLINE Float level(Int code) const { return _mm512_permutexvar_ps(code, levels); }
+
+   private:
+    // The five low bits count; the sum has no bits for fractions.
+    Int cell(Float a) const {
+      constexpr int kSmallerWithSignOfFirst = 2;
+      const Float within = _mm512_range_ps(a, clip, kSmallerWithSignOfFirst);
+      return _mm512_castps_si512(_mm512_fmadd_ps(within, scale, _mm512_set1_ps(12582912.0f + 16.0f)));
+    }
+    Int halved(Float a) const {
+      Int code = _mm512_setzero_si512();
+      for (int step = 1 << (Bits - 1); step >= 1; step /= 2) {
+        const Float threshold = _mm512_permutexvar_ps(_mm512_add_epi32(code, _mm512_set1_epi32(step - 1)), thresholds);
+        code = _mm512_mask_or_epi32(code, _mm512_cmp_ps_mask(a, threshold, _CMP_GT_OQ), code, _mm512_set1_epi32(step));
+      }
+      return code;
+    }
+    Float levels, thresholds, clip, scale, edges[2];
+    Int bases[2];
+    bool single;
+  };
+
+  // Codes of four coordinates -> bytes of one word per lane.
+  static Int join(Int a, Int b, Int c, Int d) {
+    constexpr int kOr = 0xFE;
+    const Int low = _mm512_ternarylogic_epi32(a, _mm512_slli_epi32(b, 8), _mm512_slli_epi32(c, 16), kOr);
+    return _mm512_or_si512(low, _mm512_slli_epi32(d, 24));
+  }
+  static void store_ints(std::uint8_t* p, Int a) { _mm512_storeu_si512(p, a); }
+  // 4 x 4 bytes of every four lanes turned, for four lanes sixteen bytes of a line.
+  static void store_turned(std::uint8_t* p, Int a) {
+    a = _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+    unroll<4>([&](auto i) KVF_INLINE_LAMBDA {
+      constexpr int k = decltype(i)::value;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 64 * k), _mm512_extracti32x4_epi32(a, k));
+    });
+  }
+
+  static KVF_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static KVF_INLINE void prefetch_early(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static KVF_INLINE void prefetch_codes(const std::uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, _MM_HINT_T0);
   }
   static Codes load_codes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -158,6 +243,11 @@ struct SimdAvx512 {
   }
 
  private:
+  template <int High>
+  static Float unpack_pairs(Float a, Float b) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(High == 0 ? _mm512_unpacklo_pd(x, y) : _mm512_unpackhi_pd(x, y));
+  }
   static __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   // sum += levels x the four signed bytes at p. As one instruction, which compilers make two of: half as many in flight reach further.
   static Int multiply(Int sum, Codes level, const std::uint8_t* p) {

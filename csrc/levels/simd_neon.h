@@ -12,6 +12,7 @@
 #include "../half.h"
 #include "level.h"
 #include "planes.h"
+#include "unroll.h"
 
 namespace kvfold {
 namespace {
@@ -72,25 +73,48 @@ struct SimdNeon {
     const uint32x4_t upper = Half == 1 ? uint32x4_t{0, ~0u, 0, ~0u} : uint32x4_t{0, 0, ~0u, ~0u};
     return vbslq_f32(upper, vsubq_f32(other, a), vaddq_f32(a, other));
   }
-  template <int Bits>
-  static Int search(Float a, const float* thresholds) {
-    uint32x4_t code = vdupq_n_u32(0);
-    for (int t = 0; t < (1 << Bits) - 1; ++t)  // a true comparison is -1
-      code = vsubq_u32(code, vcgtq_f32(a, vdupq_n_f32(thresholds[t])));
-    return vreinterpretq_s32_u32(code);
-  }
-  static Float lookup_level(Int code, const std::int8_t* levels) {
-    const int8x16_t bytes = vqtbl1q_s8(vld1q_s8(levels), vreinterpretq_u8_s32(code));
-    return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(vreinterpretq_s32_s8(bytes), 24), 24));
-  }
-  static void store_codes(std::uint8_t* p, Int code) {
-    const uint16x4_t words = vmovn_u32(vreinterpretq_u32_s32(code));
-    const std::uint32_t bytes = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
-    std::memcpy(p, &bytes, sizeof bytes);
+  // Rows of a matrix -> its columns.
+  static KVF_INLINE void transpose(Float* m) {
+    const float32x4x2_t a = vtrnq_f32(m[0], m[1]), b = vtrnq_f32(m[2], m[3]);
+    m[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+    m[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+    m[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+    m[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
   }
 
-  static void prefetch(const void* p) { __builtin_prefetch(p); }
-  static void prefetch_codes(const std::uint8_t* p) { __builtin_prefetch(p + kPrefetchBytes); }
+  // A codebook: how many thresholds lie strictly below a number, and the level of that code.
+  template <int Bits>
+  class Grid {
+   public:
+    explicit Grid(const kvf_side& of) : side(of), levels(vld1q_s8(of.levels)) {}
+    KVF_INLINE Int nearest(Float a) const {
+      uint32x4_t code = vdupq_n_u32(0);
+      for (int t = 0; t < (1 << Bits) - 1; ++t)  // a true comparison is -1
+        code = vsubq_u32(code, vcgtq_f32(a, vdupq_n_f32(side.thresholds[t])));
+      return vreinterpretq_s32_u32(code);
+    }
+    KVF_INLINE Float level(Int code) const {
+      const int8x16_t bytes = vqtbl1q_s8(levels, vreinterpretq_u8_s32(code));
+      return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(vreinterpretq_s32_s8(bytes), 24), 24));
+    }
+
+   private:
+    const kvf_side& side;
+    const int8x16_t levels;
+  };
+
+  // Codes of four coordinates -> bytes of one word per lane.
+  static Int join(Int a, Int b, Int c, Int d) { return vsliq_n_s32(vsliq_n_s32(vsliq_n_s32(a, b, 8), c, 16), d, 24); }
+  static void store_ints(std::uint8_t* p, Int a) { vst1q_u8(p, vreinterpretq_u8_s32(a)); }
+  // 4 x 4 bytes turned.
+  static void store_turned(std::uint8_t* p, Int a) {
+    constexpr std::uint8_t kTurn[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    vst1q_u8(p, vqtbl1q_u8(vreinterpretq_u8_s32(a), vld1q_u8(kTurn)));
+  }
+
+  static KVF_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+  static KVF_INLINE void prefetch_early(const void* p) { __builtin_prefetch(p, 0, 2); }
+  static KVF_INLINE void prefetch_codes(const std::uint8_t* p) { __builtin_prefetch(p + kPrefetchBytes); }
   static Codes load_codes(const std::uint8_t* p) { return vld1q_u8(p); }
   template <int Shift>
   static Codes shift(Codes a) {

@@ -9,6 +9,7 @@
 #include "../half.h"
 #include "level.h"
 #include "planes.h"
+#include "unroll.h"
 
 namespace kvfold {
 namespace {
@@ -71,23 +72,50 @@ struct SimdScalar {
   static Float butterfly(Float a) {
     return each([&](int i) { return (i & Half) != 0 ? a.v[i - Half] - a.v[i] : a.v[i] + a.v[i + Half]; });
   }
-  // How many of the 2^Bits - 1 thresholds lie strictly below each lane.
-  template <int Bits>
-  static Int search(Float a, const float* thresholds) {
-    Int code = zero_int();
-    for (int t = 0; t < (1 << Bits) - 1; ++t)
-      for (int i = 0; i < 4; ++i) code.v[i] += a.v[i] > thresholds[t] ? 1 : 0;
-    return code;
-  }
-  static Float lookup_level(Int code, const std::int8_t* levels) {
-    return each([&](int i) { return static_cast<float>(levels[code.v[i]]); });
-  }
-  static void store_codes(std::uint8_t* p, Int code) {
-    for (int i = 0; i < 4; ++i) p[i] = static_cast<std::uint8_t>(code.v[i]);
+  // Rows of a matrix -> its columns.
+  static KVF_INLINE void transpose(Float* m) {
+    for (int i = 0; i < 4; ++i)
+      for (int j = i + 1; j < 4; ++j) {
+        const float a = m[i].v[j];
+        m[i].v[j] = m[j].v[i];
+        m[j].v[i] = a;
+      }
   }
 
-  static void prefetch(const void*) {}
-  static void prefetch_codes(const std::uint8_t*) {}
+  // A codebook: how many thresholds lie strictly below a number, and the level of that code.
+  template <int Bits>
+  class Grid {
+   public:
+    explicit Grid(const kvf_side& of) : side(of) {}
+    KVF_INLINE Int nearest(Float a) const {
+      Int code = zero_int();
+      for (int t = 0; t < (1 << Bits) - 1; ++t)
+        for (int i = 0; i < 4; ++i) code.v[i] += a.v[i] > side.thresholds[t] ? 1 : 0;
+      return code;
+    }
+    KVF_INLINE Float level(Int code) const {
+      return each([&](int i) { return static_cast<float>(side.levels[code.v[i]]); });
+    }
+
+   private:
+    const kvf_side& side;
+  };
+
+  // Codes of four coordinates -> bytes of one word per lane.
+  static Int join(Int a, Int b, Int c, Int d) {
+    for (int i = 0; i < 4; ++i) a.v[i] |= b.v[i] << 8 | c.v[i] << 16 | d.v[i] << 24;
+    return a;
+  }
+  static void store_ints(std::uint8_t* p, Int a) { std::memcpy(p, a.v, sizeof a.v); }
+  // 4 x 4 bytes turned.
+  static void store_turned(std::uint8_t* p, Int a) {
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 4; ++k) p[4 * i + k] = static_cast<std::uint8_t>(a.v[k] >> (8 * i));
+  }
+
+  static KVF_INLINE void prefetch(const void*) {}
+  static KVF_INLINE void prefetch_early(const void*) {}
+  static KVF_INLINE void prefetch_codes(const std::uint8_t*) {}
   static Codes load_codes(const std::uint8_t* p) {
     Codes out;
     std::memcpy(out.v, p, sizeof out.v);

@@ -63,12 +63,6 @@ void tree_rows(int dim, float* sum, const Term& term) {
   std::memcpy(sum, part[0], sizeof part[0]);
 }
 
-// Nearest integer, ties to even, of anything below 2^22: the sum has no bits for fractions.
-inline float nearest_integer(float x) {
-  constexpr float kShift = 12582912.0f;
-  return (x + kShift) - kShift;
-}
-
 // Words of the streams of tokens first .. first + kCount - 1.
 template <int kCount>
 void pack_rows(const std::uint8_t (*symbols)[kCount], int dim, const kvf_trellis_reader& code, int first, std::uint8_t* out) {
@@ -176,7 +170,8 @@ bool encode_rows(const TrellisFold& task, const Paths& paths, int first, float* 
   for (int v = 0; v < kCount; ++v) {
     const float radius = block.radius[v];
     scales[first + v] =
-        radius > 0.0f ? scale_of(*task.side, task.dim, radius, {block.best.dot[v], block.best.square[v]}) : 0.0f;
+        radius > 0.0f ? scale_of(task.side->scale_rule, task.side->step, task.dim, radius, {block.best.dot[v], block.best.square[v]})
+                      : 0.0f;
     std::uint8_t number = 0;
     for (int s = 0; s < block.best.starts[v]; ++s) number = static_cast<std::uint8_t>(number + (paths.code.starts >> s & 1));
     starts[first + v] = number;

@@ -21,16 +21,8 @@ namespace {
 
 constexpr int kNibble = 4;
 
-// The bits of an index that bit `bit` of a window sets.
-inline unsigned index_column(const kvf_trellis_reader& code, int phase, int bit) {
-  const std::uint64_t matrix = bit < 8 ? code.affine_low[phase] : code.affine_high[phase];
-  unsigned column = 0;
-  for (int i = 0; i < 8; ++i) column |= static_cast<unsigned>(matrix >> (8 * (7 - i) + bit % 8) & 1) << i;
-  return column;
-}
-
 template <class Planes>
-class PlanesReader {
+class PlanesReader : public LevelsReader {
   using Reg = typename Planes::Reg;
 
  public:
