@@ -62,12 +62,13 @@ TAIL = """
 
 `pip install 'kvfold[quantized]'`. Caches know nothing of weights, so checkpoints of these kinds generate and are measured like any other,
 and `tests/cli/test_quantized.py` holds copies of the shipped model to the stock cache: torchao int8 (weights; weights and activations) and
-int4, bitsandbytes int8 and nf4, GGUF Q8_0 and Q4_0. They keep the dtype they were saved with, whatever `--dtype` says. `weights_bytes` in
+int4, bitsandbytes int8 and nf4, compressed-tensors packed int4, int8 and float8, GGUF Q8_0 and Q4_0. They keep the dtype they were saved with, whatever `--dtype` says. `weights_bytes` in
 `cache.report(model)`, `generate --json` and `eval --json` is every byte in memory: codes, scales, zero points, code books. torchao's int4 takes a
 byte per code on CPUs. transformers unpacks GGUF files where it has no kernels for their blocks (CPUs): `kvfold plan` has the
 file's bytes, `weights_bytes` what lies in memory. Activations of 8 bits turn other roundings into other codes, so that two caches agree no
-better than one cache with itself when calls are cut elsewhere. GPTQ and AWQ need GPTQModel, which was not tried; without it they
-are refused by its name.
+better than one cache with itself when calls are cut elsewhere. compressed-tensors are unpacked by
+their library, in the first call, where it has no kernels for them (CPUs): codes until then, 16 bits from then on. GPTQ and AWQ need GPTQModel:
+7.7.0 asks for torch 2.14.1, and everything here was tested with 2.13.0, so they were not tried; without it they are refused by its name.
 """
 
 
