@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kvfold.cli import common
-from kvfold.errors import InvalidConfig
+from kvfold.errors import InvalidConfig, UnsupportedHeadDim
 from kvfold.loading import Described, Options, check_device, describe
 from kvfold.planner.fit import fitted
 from kvfold.planner.model import Model
@@ -71,7 +71,12 @@ def plan(
         return {**head, **fitted(described.model, setting, budget)}
 
     if compare or plot is not None:
-        rows = [{k: x for k, x in of(name).items() if k != "layers"} for name in levels()]
+        rows = []
+        for name in levels():
+            try:
+                rows.append({k: x for k, x in of(name).items() if k != "layers"})
+            except UnsupportedHeadDim as error:
+                typer.echo(f"kvfold: without {name}: {error.message}", err=True)
         if plot is not None:
             from kvfold.evaluation.plots import bars
 
