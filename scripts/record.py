@@ -12,6 +12,7 @@ first columns beside the figures where they differ from those here.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import platform
 import subprocess
@@ -63,10 +64,11 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
     fields = list(dict.fromkeys(name for row in [*old[:1], *rows] for name in row))
-    with path.open("w", encoding="utf-8", newline="") as out:
-        writer = csv.DictWriter(out, fields)
-        writer.writeheader()
-        writer.writerows(old + rows)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fields)
+    writer.writeheader()
+    writer.writerows(old + rows)
+    path.write_text(out.getvalue(), encoding="utf-8", newline="")  # only now: a row that does not fit costs no other
 
 
 def measured(arguments: list[str]) -> dict[str, Any]:

@@ -143,7 +143,8 @@ def needle_table(by_kind: bool) -> str:
     """A row per context and model, of each kind or of all together."""
     grid: dict[tuple[int, str, str], dict[str, list[Row]]] = {}
     for (context, model, kind, profile), rows in needle_cells().items():
-        grid.setdefault((context, model, kind if by_kind else ""), {}).setdefault(profile, []).extend(rows)
+        if profile in NEEDLE_PROFILES:
+            grid.setdefault((context, model, kind if by_kind else ""), {}).setdefault(profile, []).extend(rows)
     body = []
     for (context, model, kind), of in sorted(grid.items()):
         recorded = [f"{r['date']} {r['commit']}" for rows in of.values() for r in rows]
@@ -160,8 +161,8 @@ def needle_loss_table() -> str:
     """A row per model and profile: every answer up to LONGEST_GRID tokens, and the loss with its standard error."""
     grid: dict[tuple[str, str], list[Row]] = {}
     for (context, model, _, profile), rows in needle_cells().items():
-        if context <= LONGEST_GRID and profile in NEEDLE_PROFILES:
-            grid.setdefault((model, profile), []).extend(rows)
+        if context <= LONGEST_GRID and (profile in NEEDLE_PROFILES or profile.startswith("tuned-")):
+            grid.setdefault((model, profile.removesuffix(".toml")), []).extend(rows)
     body = []
     for (model, profile), rows in sorted(grid.items()):
         lost = [float(r["answer_nll"]) - float(r["answer_nll_reference"]) for r in rows]

@@ -24,7 +24,7 @@ class Model:
     def __init__(self, geometry: Geometry) -> None:
         self.g = geometry
         self.pages = np.full((200, PAGE_TOKENS), EMPTY)
-        self.slots = np.full((600, geometry.exact_tokens), EMPTY)
+        self.slots = np.full((601, geometry.exact_tokens), EMPTY)
         self.page_table = (1 + np.random.default_rng(0).permutation(60)).astype(np.int32)
         self.exact_table = (1 + np.random.default_rng(1).permutation(599)).astype(np.int32)
         self.length = 0
@@ -34,33 +34,51 @@ class Model:
         first = int(self.g.sinks > 0)
         self.exact_table[first : max(first, before // self.g.exact_tokens)] = 0
 
+    def hand_over(self, new: int) -> None:
+        """As a scheduler does before a call of `new` tokens: blocks that it reads last are those of its last tokens, too."""
+        size, length = self.g.exact_tokens, self.length + new
+        held, first = (max(0, n - self.g.window) // PAGE_TOKENS * PAGE_TOKENS // size for n in (self.length, length))
+        taken = range(-(-self.length // size), -(-length // size))
+        for i in taken:
+            if i < first and (i or not self.g.sinks):
+                self.exact_table[i] = 0
+        behind = range(max(held, int(self.g.sinks > 0)), min(first, -(-self.length // size)))
+        for old, at in zip(behind, (i for i in taken if i >= first), strict=False):
+            self.exact_table[at] = self.exact_table[old]
+
     def call(self, new: int, before: int = 3) -> Step:
         """`before` tokens of another request come first in the flat call."""
         length = self.length + new
         table, exact = (np.stack([np.zeros_like(t), t]) for t in (self.page_table, self.exact_table))
-        exact[0, :] = 599  # the other request's own
+        exact[0, :] = 600  # the other request's own
         step = plan(self.g, np.array([0, before, before + new]), np.array([before, length]), table, exact)
         position = np.concatenate([np.arange(before) + 10_000, np.arange(self.length, length)])
+        was = self.slots.copy()
+        assert len(set(zip(step.block, step.slot, strict=True))) == len(step.slot)
         self.slots[step.block, step.slot] = position[step.token]
         for fold in step.folds:
-            head = self.slots[fold.head].reshape(-1)[: fold.head_tokens]
+            head = (was if fold.overwritten else self.slots)[fold.head].reshape(-1)[: fold.head_tokens]
             tokens = np.concatenate([head, position[fold.token :]])[: len(fold.numbers) * PAGE_TOKENS]
             self.pages[fold.numbers] = tokens.reshape(-1, PAGE_TOKENS)
             assert fold.starts_sequence == (tokens[0] == 0)
-        self.check(step)
+        self.check(step, was)
         self.length = length
         return step
 
-    def check(self, step: Step) -> None:
+    def check(self, step: Step, was: np.ndarray) -> None:
         reads = step.reads
+        last = len(reads.folded) - 1
+        read = [i for first, count, _ in reads.runs for i in range(first, first + count)]
+        assert sorted([*read, *step.apart]) == list(range(last + 1))
+        slots = was if last in step.apart else self.slots
         i = len(reads.folded) - 1  # this request is the last
         folded = int(reads.folded[i])
         numbers = reads.page_numbers[reads.page_start[i] : reads.page_start[i + 1]]
         assert np.array_equal(self.pages[numbers].reshape(-1)[:folded], np.arange(folded))
-        recent = self.slots[reads.recent_table[reads.recent_start[i] : reads.recent_start[i + 1]]].reshape(-1)
+        recent = slots[reads.recent_table[reads.recent_start[i] : reads.recent_start[i + 1]]].reshape(-1)
         assert np.array_equal(recent[: reads.recent[i]], np.arange(folded, self.length))
         if folded:
-            assert np.array_equal(self.slots[reads.sink_block[i], : self.g.sinks], np.arange(self.g.sinks))
+            assert np.array_equal(slots[reads.sink_block[i], : self.g.sinks], np.arange(self.g.sinks))
 
 
 geometries = st.builds(
@@ -82,6 +100,17 @@ def test_every_read_finds_its_token(geometry: Geometry, calls: list[tuple[int, i
         model.length -= min(rejected, new - 1)
         if drop:
             model.drop_exact(max(0, model.length - geometry.window) // PAGE_TOKENS * PAGE_TOKENS)
+
+
+@settings(deadline=None, max_examples=150)
+@given(geometries, st.lists(st.tuples(st.integers(1, 700), st.booleans()), min_size=1, max_size=6))
+def test_blocks_that_are_read_for_the_last_time_are_written(geometry: Geometry, calls: list[tuple[int, bool]]) -> None:
+    """Calls of (new tokens, whether blocks are handed over)."""
+    model = Model(geometry)
+    for new, hand in calls:
+        if hand:
+            model.hand_over(new)
+        model.call(new)
 
 
 @settings(deadline=None, max_examples=80)

@@ -54,9 +54,47 @@ LINEAR_BYTES: dict[str, Any] = {
 }
 
 
+# Formats of compressed-tensors, which vLLM's compressor writes: packed codes, codes of a byte, float8.
+COMPRESSED: dict[str, dict[str, Any]] = {
+    "compressed-tensors int4": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP},
+    "compressed-tensors int8": {"num_bits": 8, "type": "int", "strategy": "channel"},
+    "compressed-tensors fp8": {"num_bits": 8, "type": "float", "strategy": "channel"},
+}
+LARGEST = {"int4": 7.5, "int8": 127.5, "fp8": 448.0}  # code, half a step beyond it included
+
+
+def _save_compressed(kind: str, folder: Path) -> None:
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+        apply_quantization_config,
+    )
+
+    model = plain()
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(symmetric=True, **COMPRESSED[kind]))
+    frozen = QuantizationStatus.FROZEN
+    config = QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"], quantization_status=frozen)
+    apply_quantization_config(model, config)
+    for x in model.modules():
+        if hasattr(x, "weight_scale"):
+            largest = x.weight.data.float().unflatten(1, (x.weight_scale.shape[1], -1)).abs().amax(-1)
+            x.weight_scale.data.copy_(largest / LARGEST[kind.split()[-1]])
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+
+
 def save(kind: str, folder: Path) -> Path:
     """The shipped model with weights of this kind, as transformers saves it."""
     where = demo_folder()
+    if kind in COMPRESSED:
+        _save_compressed(kind, folder)
+        AutoTokenizer.from_pretrained(where).save_pretrained(folder)
+        return folder
     model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, quantization_config=CONFIGS[kind]())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(where).save_pretrained(folder)

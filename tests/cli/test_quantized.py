@@ -21,7 +21,11 @@ from kvfold.planner.weights import of_gguf
 KINDS = tuple(copies.CONFIGS)
 # Of the spread of the logits. The model without quantized weights: .013, in bfloat16. Activations rounded to 8 bits turn
 # other roundings into other codes: the stock cache changes by .040 when one of these reads the same tokens in other cuts.
-ROUNDING = {**dict.fromkeys(KINDS, 0.02), "torchao int8, activations too": 0.09, "bitsandbytes int8": 0.09}
+ROUNDING = {
+    **dict.fromkeys([*KINDS, *copies.COMPRESSED], 0.02),
+    "torchao int8, activations too": 0.09,
+    "bitsandbytes int8": 0.09,
+}
 GGUF_BITS = {"Q8_0": 8.5, "Q4_0": 4.5}  # per value of a matrix
 
 
@@ -81,7 +85,30 @@ def test_weights_of_an_ordinary_model_and_buffers() -> None:
     assert "weights_bytes" not in kvfold.FoldedCache(model.config).report()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "codes"), [("int4", 0.5 + 2 / copies.GROUP), ("int8", 1.0), ("fp8", 1.0)])
+def test_compressed_tensors_are_codes_until_the_first_call(
+    copy_of: Callable[[str], Path], kind: str, codes: float
+) -> None:
+    """Then its library unpacks them, where it has no kernels for them."""
+    plain = copies.plain()
+    matrices = linear(plain)
+    outer = weights_bytes(plain) - 2 * sum(n for _, n in matrices)
+    beside = 16 * len(matrices) if kind != "fp8" else 0  # shapes of what is packed
+    beside += 2 * sum(rows for rows, _ in matrices) if kind != "int4" else 0  # a scale per row
+    folder = copy_of(f"compressed-tensors {kind}")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert weights_bytes(model) == outer + codes * sum(n for _, n in matrices) + beside
+    weights = describe(str(folder)).weights
+    assert weights is not None
+    assert weights.parameters is None  # packed codes
+    with torch.no_grad(), kvfold.attach(model):
+        cache = kvfold.FoldedCache(model.config)
+        model(torch.arange(300)[None], past_key_values=cache)
+    assert weights_bytes(model) > outer + 2 * sum(n for _, n in matrices)
+    assert cache.report(model)["weights_bytes"] == weights_bytes(model)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *copies.COMPRESSED])
 def test_lossless_is_stock_with_quantized_weights(copy_of: Callable[[str], Path], kind: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(copy_of(kind)).eval()
     ids = torch.arange(300)[None] % 97 + 5
@@ -93,7 +120,7 @@ def test_lossless_is_stock_with_quantized_weights(copy_of: Callable[[str], Path]
     assert float((outs[0] - outs[1]).square().mean().sqrt()) < ROUNDING[kind] * float(outs[0].std())
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *GGUF_BITS])
+@pytest.mark.parametrize("kind", [*KINDS, *copies.COMPRESSED, *GGUF_BITS])
 def test_eval_and_generate(copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str], kind: str) -> None:
     where = str(copy_of(kind))
     window = ("--windows", "1", "--window-tokens", "512")

@@ -181,3 +181,16 @@ def test_profiles_that_say_nothing(capsys, tmp_path, text):
     path = tmp_path / "mine.toml"
     path.write_text(text)
     assert str(path) in fails(capsys, "generate", "demo", *GENERATE, "--profile", str(path))["message"]
+
+
+def test_profiles_without_a_form_for_the_head_size_are_left_out(capsys, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**TINY, "head_dim": 20}))
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", str(path), "--context", "1k", "--compare", "--json"])
+    out, err = capsys.readouterr()
+    profiles = {r["profile"] for r in json.loads(out)["rows"]}
+    assert not stop.value.code
+    assert "turbo-3" in profiles
+    assert "balanced" not in profiles
+    assert "balanced" in err

@@ -74,7 +74,7 @@ def test_needles_are_found_as_through_the_transformers_adapter(profile: str) -> 
     assert there > 0.5  # else nothing was compared
 
 
-@pytest.mark.parametrize(("profile", "times"), [("balanced", 4.9), ("compact", 5.9)])
+@pytest.mark.parametrize(("profile", "times"), [("balanced", 4.9), ("compact", 6.0)])
 def test_capacity_at_equal_memory(profile: str, times: float) -> None:
     """Tokens that vLLM says its cache holds, exact tokens of every request counted: at 128k, those cost less than 3 %."""
     folded, stock = (run(p, [], dtype="bfloat16", max_model_len=LONG).tokens for p in (profile, None))

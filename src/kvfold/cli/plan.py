@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kvfold.cli import common
-from kvfold.errors import InvalidConfig
+from kvfold.errors import InvalidConfig, UnsupportedHeadDim
 from kvfold.loading import Described, Options, check_device, describe
 from kvfold.planner.fit import fitted
 from kvfold.planner.model import Model
@@ -71,7 +72,7 @@ def plan(
         return {**head, **fitted(described.model, setting, budget)}
 
     if compare or plot is not None:
-        rows = [{k: x for k, x in of(name).items() if k != "layers"} for name in levels()]
+        rows = _compared(of)
         if plot is not None:
             from kvfold.evaluation.plots import bars
 
@@ -79,6 +80,17 @@ def plan(
         _show_comparison(rows, json)
     else:
         _show(of(profile), json, asked=fits is not None)
+
+
+def _compared(of: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The plan of every level that has codes for the model's head size, without its layers."""
+    rows = []
+    for name in levels():
+        try:
+            rows.append({k: x for k, x in of(name).items() if k != "layers"})
+        except UnsupportedHeadDim as error:
+            typer.echo(f"kvfold: without {name}: {error.message}", err=True)
+    return rows
 
 
 def _check(dtype: str | None, weights_bits: float | None, device: str | None, plot: Path | None) -> None:

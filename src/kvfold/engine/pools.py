@@ -45,7 +45,8 @@ class PooledCall:
     sequences, page_start [n + 1] tells them apart; page number p is page p mod m of block ⌊p / m⌋, m pages to a block.
     folded: [n] tokens read through pages. recent_table: blocks of the exact tokens folded ... folded + recent - 1,
     recent_start [n + 1] tells sequences apart. sink_block: [n] block whose first tokens are the sequence's first ones, read
-    exactly if folded > 0. runs: (first sequence, sequences, new tokens of each), stretches of equally long calls.
+    exactly if folded > 0. runs: (first sequence, sequences, new tokens of each), stretches of equally long calls; sequences in
+    none of them are not attended to.
     made: what the first layer made of all this on a device, for those after it.
     """
 
@@ -86,16 +87,29 @@ def attend(
 
     The packed pages and exact tokens of a sequence are copied together; nothing is unfolded beyond what the engine does.
     """
-    for i, folded in enumerate(call.folded.tolist()):
-        new = slice(int(call.token_start[i]), int(call.token_start[i + 1]))
-        numbers = torch.from_numpy(call.page_numbers[call.page_start[i] : call.page_start[i + 1]]).to(q.device)
-        per_block = pools.pages.shape[1]
-        rows = pools.pages[numbers // per_block, numbers % per_block]
-        recent_k, recent_v = pools.tokens(
-            call.recent_table[call.recent_start[i] : call.recent_start[i + 1]], int(call.recent[i])
-        )
-        sinks_k, sinks_v = pools.exact[int(call.sink_block[i]), :, : engine.spec.sinks].chunk(2, dim=-1)
-        runs = [rows] if len(rows) else []
-        view = SequenceView(runs, folded, sinks_k, sinks_v, recent_k, recent_v, 0, None, None)
-        new_q, new_k, new_v = (x[new].transpose(0, 1)[None] for x in (q, k, v))
-        out[new] = engine.attend(AttendRequest(new_q, new_k, new_v, scale, [view]))[0].transpose(0, 1)
+    for first, count, _new in call.runs:
+        for i in range(first, first + count):
+            attend_one(engine, call, i, view(engine, pools, call, i), q, k, v, scale, out)
+
+
+def view(engine: Attends, pools: Pools, call: PooledCall, i: int) -> SequenceView:
+    """Sequence i as it is now, its packed pages and recent tokens copied."""
+    numbers = torch.from_numpy(call.page_numbers[call.page_start[i] : call.page_start[i + 1]]).to(pools.pages.device)
+    per_block = pools.pages.shape[1]
+    rows = pools.pages[numbers // per_block, numbers % per_block]
+    recent_k, recent_v = pools.tokens(
+        call.recent_table[call.recent_start[i] : call.recent_start[i + 1]], int(call.recent[i])
+    )
+    sinks_k, sinks_v = pools.exact[int(call.sink_block[i]), :, : engine.spec.sinks].chunk(2, dim=-1)
+    runs = [rows] if len(rows) else []
+    return SequenceView(runs, int(call.folded[i]), sinks_k, sinks_v, recent_k, recent_v, 0, None, None)
+
+
+def attend_one(
+    engine: Attends, call: PooledCall, i: int, view: SequenceView, q: Tensor, k: Tensor, v: Tensor, scale: float,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Sequence i alone, over `view`."""
+    new = slice(int(call.token_start[i]), int(call.token_start[i + 1]))
+    new_q, new_k, new_v = (x[new].transpose(0, 1)[None] for x in (q, k, v))
+    out[new] = engine.attend(AttendRequest(new_q, new_k, new_v, scale, [view]))[0].transpose(0, 1)

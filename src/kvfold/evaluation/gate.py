@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from kvfold.errors import EvaluationError, InvalidConfig
+from kvfold.errors import EvaluationError, InvalidConfig, UnsupportedHeadDim
 from kvfold.evaluation.divergence import Progress, evaluate
 from kvfold.planner.architecture import read
 from kvfold.planner.plan import Setting, plan
@@ -40,7 +40,10 @@ def smallest(
     state no tolerance are there for comparison and are not tried. Raises EvaluationError if none keeps it."""
     rows = []
     for name in _by_bits(gated()):
-        rows.append(_row(model, windows, name, limits, progress))
+        try:
+            rows.append(_row(model, windows, name, limits, progress))
+        except UnsupportedHeadDim:  # heads of this size have no such codes
+            continue
         if rows[-1]["passed"]:
             return name, rows
     raise EvaluationError(
@@ -83,7 +86,10 @@ def fitting(model: Any, context: int | None, memory: int) -> dict[str, int]:
     size = {}
     for name in gated():
         setting = Setting(load(name).spec, tokens, dtype_bytes=model.dtype.itemsize, device=model.device.type)
-        planned = plan(described, setting)
+        try:
+            planned = plan(described, setting)
+        except UnsupportedHeadDim:
+            continue
         size[name] = planned["folded_bytes"] + planned["state_bytes"]
     small = {n: b for n, b in size.items() if b <= memory}
     if not small:

@@ -9,7 +9,7 @@ from typing import Any
 from kvfold.engine.variant import Reach, Variant
 from kvfold.errors import UnsupportedModel
 from kvfold.planner.model import Attention, Layer, Model
-from kvfold.planner.states import conv_state, linear_width, running_state
+from kvfold.planner.states import conv_state, linear_values, running_state
 
 Config = Mapping[str, Any]
 
@@ -94,7 +94,7 @@ def read(config: Config) -> Model:
         hidden=hidden,
         query_heads=heads,
         mlp_width=_mlp_width(text, hidden),
-        linear_width=linear_width(text, hidden) if "linear" in kinds or "hybrid" in kinds else 0,
+        linear_values=linear_values(text, hidden) if "linear" in kinds or "hybrid" in kinds else 0,
         vocabulary=int(text.get("vocab_size") or config.get("vocab_size") or 0),
         max_context=next((int(text[k]) for k in CONTEXTS if text.get(k)), None),
     )

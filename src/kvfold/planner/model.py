@@ -70,7 +70,7 @@ class Layer:
 @dataclass(frozen=True)
 class Model:
     """name: its model_type. mlp_width: the widest intermediate tensor of a token, experts that run together included.
-    linear_width: values of a token in a linear-attention layer, 0 without such layers.
+    linear_values: float32 numbers of a token that a linear-attention or state-space layer holds at once, 0 without such layers.
     """
 
     name: str
@@ -79,6 +79,6 @@ class Model:
     hidden: int
     query_heads: int
     mlp_width: int
-    linear_width: int
+    linear_values: int
     vocabulary: int
     max_context: int | None = None

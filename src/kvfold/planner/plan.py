@@ -94,11 +94,10 @@ def plan(model: Model, setting: Setting) -> dict[str, Any]:
     """Bytes by term, all sessions together; `layers` has a row per layer. Weights and workspace count once."""
     rows = [_row(model, setting, i, layer) for i, layer in enumerate(model.layers)]
     total = {k: sum(r[k] for r in rows) for k in ("bytes", "reference_bytes", "state_bytes")}
-    engines = {r["backend"] for r in rows}
-    if any(r["folds"] and r["kind"] in SLIDING for r in rows):
-        engines.add("torch")  # by way of which prefill reads windows
+    # Prefill reads windows by way of torch.
+    runs = {r["layer"]: "torch" if r["kind"] in SLIDING else r["backend"] for r in rows if r["folds"]}
     dtype_bytes = setting.dtype_bytes or model.dtype_bytes
-    workspace = workspace_bytes(model, setting.prefill_tokens, setting.rows, dtype_bytes, engines)
+    workspace = workspace_bytes(model, setting.prefill_tokens, setting.rows, dtype_bytes, runs)
     common = total["state_bytes"] + setting.weights_bytes + workspace
     return {
         "context": setting.context,

@@ -14,6 +14,12 @@ from kvfold.planner.model import FLOAT32_BYTES, State
 
 Config = Mapping[str, Any]
 
+# What is as wide as a layer's values in the chunked delta rule: inputs, their copies by chunk and by decay (measured).
+DELTA_TENSORS = 17
+# Of Mamba 2: scores of a chunk, their decays and the product; inputs and copies of them, and outputs.
+SCAN_SCORES, SCAN_TENSORS = 3, 12
+SCAN_STATES = 3  # of Mamba 1, which has a state for every token: its decay, its input's weight, its input
+
 
 def _first(config: Config, *names: str, default: int = 0) -> int:
     return next((int(config[n]) for n in names if isinstance(config.get(n), int | float)), default)
@@ -37,14 +43,21 @@ def running_state(text: Config, hidden: int) -> tuple[State, ...]:
     )
 
 
-def linear_width(text: Config, hidden: int) -> int:
-    """Values of one token in a linear-attention or state-space layer."""
+def linear_values(text: Config, hidden: int) -> int:
+    """Float32 numbers per token of a call that a linear-attention or state-space layer holds at once, as torch computes it."""
     if "linear_num_value_heads" in text:
-        return int(text["linear_num_value_heads"] * text["linear_value_head_dim"])
+        return DELTA_TENSORS * int(text["linear_num_value_heads"] * text["linear_value_head_dim"])
     own = text.get("linear_attn_config") or {}
     if heads := _first(own, "num_heads") or _first(text, "linear_num_heads"):
-        return heads * (_first(own, "head_dim") or _first(text, "linear_head_dim"))
-    return int(text.get("mamba_expand", 2) * hidden)
+        return DELTA_TENSORS * heads * (_first(own, "head_dim") or _first(text, "linear_head_dim"))
+    inner = int(text.get("mamba_expand", 2) * hidden)
+    if _first(text, "mamba_n_groups", "mamba_ngroups", "n_groups"):
+        heads = _first(text, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
+        inner = heads * _first(text, "mamba_d_head", "mamba_head_dim", "mamba_headdim") or inner
+        usual = 128 if "ssm_state_size" in text else 256  # Nemotron-H's, and that of others
+        chunk = _first(text, "mamba_chunk_size", "chunk_size", default=usual)
+        return SCAN_SCORES * heads * chunk + SCAN_TENSORS * inner
+    return inner * (SCAN_STATES * _first(text, "mamba_d_state") + SCAN_TENSORS // 2)
 
 
 def conv_state(text: Config, hidden: int) -> tuple[State, ...]:

@@ -1,7 +1,8 @@
 """Peak memory of a prefill call beyond weights and cache: the activations that are alive at one time.
 
-Three moments compete: the MLP, which holds its gate, its input and their product; attention, which holds queries,
-rotated queries, keys, values and outputs, and the engine's float32 copies of the call; linear attention, which
+Moments compete: the MLP, which holds its gate, its input and their product; attention of a folded layer, which holds queries,
+rotated queries, keys, values and outputs, and what its engine makes of them; attention of a layer that keeps an exact window,
+with its mask, and all scores where torch has no fused form of its softmax; linear attention and state spaces, which
 transformers computes by chunks in float32. `kvfold memory` compares the sum with a process's measured peak. What Python,
 torch and their libraries take before there is a model differs by machine and is not in it.
 """
@@ -13,26 +14,53 @@ from kvfold.planner.model import FLOAT32_BYTES, Attention, Model
 RESIDUALS = 3  # hidden states alive beside either: residual, normed, output
 MLP_TENSORS = 3  # gate, up, product
 QUERY_TENSORS = 4  # projected, rotated, attended, transposed
-ENGINE_QUERIES = 2  # float32 queries and outputs of an engine
-LINEAR_TENSORS = 17  # of the chunked delta rule in torch: inputs, their copies by chunk and by decay (measured)
-ENGINE_BYTES = {"torch": 16 << 20, "cpu": 4 << 20}  # blocks of decoded pages and scores
+ENGINE_BYTES = {"torch": 8 << 20, "cpu": 4 << 20}  # blocks of decoded pages and scores
+# Float32 tensors as wide as the queries that an engine holds at once. torch: scaled queries, projected ones, weighted values,
+# and three while those are lifted; of latents, which need no lifting, half of it. Others copy what is not float32.
+TORCH_QUERIES, TORCH_LATENT_QUERIES, COPIED_QUERIES = 6, 3, 2
+EAGER_SCORES = 3  # scores, with their sink logits, and their softmax
 
 
-def workspace_bytes(model: Model, tokens: int, rows: int, dtype_bytes: int, engines: set[str]) -> int:
-    """Of a call of `tokens` tokens of each of `rows` sequences, in bytes; logits of one position included. engines: those that
-    run."""
-    mlp = MLP_TENSORS * model.mlp_width * dtype_bytes
-    attention = max(_attention(model, a, dtype_bytes) for x in model.layers if (a := x.attention) is not None)
-    linear = LINEAR_TENSORS * model.linear_width * FLOAT32_BYTES
-    per_token = RESIDUALS * model.hidden * dtype_bytes + max(mlp, attention, linear)
-    engine = max((ENGINE_BYTES.get(name, 0) for name in engines), default=0)
-    return rows * (tokens * per_token + model.vocabulary * (dtype_bytes + FLOAT32_BYTES)) + engine
+def workspace_bytes(model: Model, tokens: int, rows: int, dtype_bytes: int, runs: dict[int, str]) -> int:
+    """Of a call of `tokens` tokens of each of `rows` sequences, in bytes; logits of one position included. runs: the engine of
+    each layer that folds."""
+    moments = [MLP_TENSORS * model.mlp_width * dtype_bytes * tokens, model.linear_values * FLOAT32_BYTES * tokens]
+    blocks = 0
+    for i, layer in enumerate(model.layers):
+        if (a := layer.attention) is None:
+            continue
+        if (engine := runs.get(i)) is not None:
+            moments.append(_folded(model, a, engine, dtype_bytes) * tokens)
+            blocks = max(blocks, ENGINE_BYTES.get(engine, 0))
+        else:
+            moments.append(_own(model, a) * dtype_bytes * tokens + _exact(model, a, tokens, dtype_bytes))
+    logits = model.vocabulary * (dtype_bytes + FLOAT32_BYTES)
+    return rows * (RESIDUALS * model.hidden * dtype_bytes * tokens + max(moments) + logits) + blocks
 
 
-def _attention(model: Model, a: Attention, dtype_bytes: int) -> int:
-    """Bytes per token of a call. Latent attention queries in the width of the latent."""
-    query = model.query_heads * (a.key_dim + a.value_dim if a.latent else a.key_dim)
-    own = QUERY_TENSORS * query + 2 * a.values
-    if dtype_bytes == FLOAT32_BYTES:  # taken as they are
-        return own * FLOAT32_BYTES
-    return own * dtype_bytes + (ENGINE_QUERIES * query + a.values) * FLOAT32_BYTES
+def _query(model: Model, a: Attention) -> int:
+    """Numbers of a token's queries. Latent attention queries in the width of the latent."""
+    return model.query_heads * (a.key_dim + a.value_dim if a.latent else a.key_dim)
+
+
+def _own(model: Model, a: Attention) -> int:
+    """Numbers per token that the model holds itself."""
+    return QUERY_TENSORS * _query(model, a) + 2 * a.values
+
+
+def _folded(model: Model, a: Attention, engine: str, dtype_bytes: int) -> int:
+    """Bytes per token of a call."""
+    if engine == "torch":
+        engines = TORCH_LATENT_QUERIES if a.latent else TORCH_QUERIES
+    else:
+        engines = 0 if dtype_bytes == FLOAT32_BYTES else COPIED_QUERIES
+    copied = 0 if dtype_bytes == FLOAT32_BYTES else a.values
+    return _own(model, a) * dtype_bytes + (engines * _query(model, a) + copied) * FLOAT32_BYTES
+
+
+def _exact(model: Model, a: Attention, tokens: int, dtype_bytes: int) -> int:
+    """Bytes of masks and scores over a window and the call: sdpa makes numbers of its mask, eager attention has all scores."""
+    pairs = tokens * (tokens + (a.window or 0))
+    if a.variant.softcap is not None or a.variant.sink_logits:
+        return pairs * dtype_bytes * (1 + EAGER_SCORES * model.query_heads)
+    return pairs * (1 + dtype_bytes)

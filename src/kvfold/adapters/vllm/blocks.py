@@ -4,7 +4,9 @@ Every folded layer asks for two kinds of blocks, and vLLM allocates both from on
 
 - blocks of pages, one page per 128 tokens, held like those of any full-attention layer;
 - blocks of exact tokens, held for the page being filled, the window before it, and the first tokens (sinks). Blocks that fall
-  behind are freed as those of a sliding window are; blocks that a long prefill would free again at once are never taken.
+  behind are freed as those of a sliding window are; blocks that a long prefill would free again at once are never taken. What
+  a step reads and no later one is handed over to the tokens that the step writes, where the request would hold more than a
+  stretch otherwise: the block is in its table twice.
 
 Exact blocks are cached by prefix too, so a request that continues another as a rule finds its window exact. Where only pages
 are left, the prefix is used all the same. Only the block of the sinks must be there.
@@ -48,10 +50,15 @@ class ExactSpec(SlidingWindowSpec):
         """Whether a request that has `tokens` keeps its exact block number `block`."""
         return (block == 0 and self.sinks > 0) or (block + 1) * self.block_size > self.first_exact(tokens)
 
+    @property
+    def stretch(self) -> int:
+        """Blocks of the most exact tokens that one step leaves behind, the sinks' aside."""
+        return cdiv(self.margin + PAGE_TOKENS - 1, self.block_size)
+
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """The most blocks a request holds: one stretch per step under way, one that the next step writes, and the sinks."""
-        stretch = cdiv(self.margin + PAGE_TOKENS - 1, self.block_size)
-        return min((self.batches + 1) * stretch + (self.sinks > 0), cdiv(max_model_len, self.block_size))
+        """The most blocks a request holds: one stretch per step under way, and the sinks. More are held only while others
+        hold the same ones."""
+        return min(self.batches * self.stretch + (self.sinks > 0), cdiv(max_model_len, self.block_size))
 
 
 class ExactManager(SlidingWindowManager):
@@ -62,6 +69,8 @@ class ExactManager(SlidingWindowManager):
     def __init__(self, kv_cache_spec: ExactSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._freed: dict[str, int] = {}  # blocks before this number were given back, the sinks' aside
+        self._handed: dict[str, set[int]] = {}  # numbers of blocks that later tokens have now
+        self._hits: dict[str, int] = {}  # blocks before this number were found by prefix: others may find them again
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         return self.kv_cache_spec.first_exact(num_computed_tokens)
@@ -70,10 +79,27 @@ class ExactManager(SlidingWindowManager):
         """For block numbers from `have` up to what `tokens` need: whether they are taken or left null."""
         return [self.kv_cache_spec.keeps(i, main_tokens) for i in range(have, cdiv(tokens, self.block_size))]
 
-    def _extend(self, request_id: str, taken: list[bool]) -> list[KVCacheBlock]:
-        fresh = self.block_pool.get_new_blocks(sum(taken))
+    def _to_hand_over(self, request_id: str, tokens: int, new: int) -> list[int]:
+        """Numbers of blocks that a request with `tokens` after the step, and `new` blocks more, gives to those."""
+        blocks, handed = self.req_to_blocks.get(request_id, []), self._handed.get(request_id, set())
+        first, hits = (
+            max(self._freed.get(request_id, 0), int(self.kv_cache_spec.sinks > 0)),
+            self._hits.get(request_id, 0),
+        )
+        held = [i for i in range(first, len(blocks)) if not blocks[i].is_null and i not in handed]
+        behind = [i for i in held if i >= hits and not self.kv_cache_spec.keeps(i, tokens) and blocks[i].ref_cnt == 1]
+        return behind[: max(0, len(held) + new - self.kv_cache_spec.stretch)][:new]
+
+    def _extend(self, request_id: str, taken: list[bool], tokens: int = 0) -> list[KVCacheBlock]:
+        """tokens: of the request after the step that these blocks are for; 0: nothing is read in it."""
+        numbers = self._to_hand_over(request_id, tokens, sum(taken)) if tokens else []
+        own = [self.req_to_blocks[request_id][i] for i in numbers]
+        self._handed.setdefault(request_id, set()).update(numbers)
+        for block in own:
+            self.block_pool._maybe_evict_cached_block(block)  # later requests would find other tokens there
+        fresh = [*own, *self.block_pool.get_new_blocks(sum(taken) - len(own))]
         if self._record_new_block_ids:
-            self.new_block_ids.extend(block.block_id for block in fresh)
+            self.new_block_ids.extend(block.block_id for block in fresh[len(own) :])
         it = iter(fresh)
         blocks = [next(it) if take else self._null_block for take in taken]
         self.req_to_blocks[request_id].extend(blocks)
@@ -96,7 +122,8 @@ class ExactManager(SlidingWindowManager):
         else:
             external = max(have, total_computed_tokens // self.block_size)
             need = sum(self._taken(have, external * self.block_size, total_computed_tokens))
-            need += sum(self._taken(external, num_tokens, num_tokens_main_model))
+            new = sum(self._taken(external, num_tokens, num_tokens_main_model))
+            need += new - len(self._to_hand_over(request_id, num_tokens_main_model, new))
         hit = (b for i, b in enumerate(new_computed_blocks) if self.kv_cache_spec.keeps(i, total_computed_tokens))
         return max(need, 0) + self._get_num_evictable_blocks(list(hit))
 
@@ -113,7 +140,7 @@ class ExactManager(SlidingWindowManager):
         ]
         self.block_pool.touch([block for block in kept if not block.is_null])
         self.req_to_blocks[request_id].extend(kept)
-        self.num_cached_block[request_id] = len(kept)
+        self.num_cached_block[request_id] = self._hits[request_id] = len(kept)
 
     def allocate_external_computed_blocks(
         self,
@@ -127,7 +154,7 @@ class ExactManager(SlidingWindowManager):
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         have = len(self.req_to_blocks[request_id])
-        return self._extend(request_id, self._taken(have, num_tokens, num_tokens_main_model))
+        return self._extend(request_id, self._taken(have, num_tokens, num_tokens_main_model), num_tokens_main_model)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -140,13 +167,18 @@ class ExactManager(SlidingWindowManager):
         if stop <= first:
             return
         behind = [i for i in range(stop - 1, first - 1, -1) if not blocks[i].is_null]
-        self.block_pool.free_blocks([blocks[i] for i in behind])
+        handed = self._handed.get(request_id, set())
+        self.block_pool.free_blocks([blocks[i] for i in behind if i not in handed])
+        handed.difference_update(behind)
         for i in behind:
             blocks[i] = self._null_block
         self._freed[request_id] = stop
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._freed.pop(request_id, None)
+        self._hits.pop(request_id, None)
+        for i in self._handed.pop(request_id, ()):
+            self.req_to_blocks[request_id][i] = self._null_block
         return super().pop_blocks_for_free(request_id)
 
     @classmethod

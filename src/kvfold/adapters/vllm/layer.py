@@ -18,7 +18,8 @@ from kvfold.engine.pools import PooledFold, Pools
 
 
 class PooledLayer:
-    """Stores, folds and attends to the tokens of a step, in this order: requests may read what others store in the same step."""
+    """Stores, folds and attends to the tokens of a step, in this order: requests may read what others store in the same step.
+    Only what the step overwrites is read before."""
 
     def __init__(self, engine: AttendingEngine, memory: Pools) -> None:
         self.engine, self.memory = engine, memory
@@ -29,14 +30,18 @@ class PooledLayer:
         on a GPU in the layer's next call."""
         if self.folding is not None:
             self.folding.settle()
+        views = [(i, pools.view(self.engine, self.memory, step.reads, i)) for i in step.apart]
+        folds = self._pages([f for f in step.folds if f.overwritten], k, v)
         self._store(step, k, v)
-        self._fold(step, k, v)
+        self._fold(step, folds + self._pages([f for f in step.folds if not f.overwritten], k, v))
         if isinstance(self.engine, CpuEngine):
             on_cpu.attend(self.engine, self.memory, step.reads, q, k, v, scale, out)
         elif isinstance(self.engine, CudaEngine):
             on_cuda.attend(self.engine, self.memory, step.reads, q, k, v, scale, out)
         else:
             pools.attend(self.engine, self.memory, step.reads, q, k, v, scale, out)
+        for i, view in views:
+            pools.attend_one(self.engine, step.reads, i, view, q, k, v, scale, out)
 
     def _store(self, step: Step, k: Tensor, v: Tensor) -> None:
         made = step.reads.made
@@ -48,8 +53,7 @@ class PooledLayer:
         else:
             self.memory.exact[block, :, slot] = torch.cat([k[token], v[token]], dim=-1)
 
-    def _fold(self, step: Step, k: Tensor, v: Tensor) -> None:
-        folds = self._pages(step.folds, k, v)
+    def _fold(self, step: Step, folds: list[PooledFold]) -> None:
         if self.folding is not None and folds:
             self.folding.fold(folds, self.memory)
             if step.reads_own_folds:

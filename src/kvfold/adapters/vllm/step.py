@@ -8,6 +8,8 @@ null block: tokens there have no exact copy. From this everything follows, and n
 - A request reads its newest tokens exactly: those of the page being filled and of pages still in the window. Where the exact
   copies are gone (a prefix found in the cache long after) it reads their pages instead.
 - Tokens of a page that is not full have no other place than their exact block. If that is null, memory was lost: refuse.
+- A block that is read in this step for the last time may be in the table a second time, for tokens that this step writes. What
+  such a request reads is read before anything is written.
 """
 
 from __future__ import annotations
@@ -40,20 +42,24 @@ class Geometry:
 @dataclass(frozen=True)
 class Fold:
     """Consecutive pages of one request that this step completes. numbers: where they go. head: blocks of the tokens of the
-    first page that came in earlier steps, `head_tokens` of them. token: the call's token that follows these."""
+    first page that came in earlier steps, `head_tokens` of them. token: the call's token that follows these. overwritten:
+    whether these blocks are written in this step."""
 
     numbers: Ints
     head: Table
     head_tokens: int
     token: int
     starts_sequence: bool
+    overwritten: bool
 
 
 @dataclass(frozen=True)
 class Step:
-    """reads: what queries attend to. token, block, slot: [m] the call's tokens that get an exact copy, and where."""
+    """reads: what queries attend to. apart: sequences of it, none in `runs`, whose exact blocks are written in this step.
+    token, block, slot: [m] the call's tokens that get an exact copy, and where."""
 
     reads: PooledCall
+    apart: list[int]
     token: Ints
     block: Ints
     slot: Ints
@@ -76,7 +82,8 @@ def plan(geometry: Geometry, starts: Ints, lengths: Ints, pages: Table, exact: T
     ]
     copies = [row.copies() for row in rows]
     token, block, slot = (np.concatenate([c[part] for c in copies]) for part in range(3))
-    return Step(_reads(rows), token, block, slot, [f for row in rows for f in row.folds()])
+    apart = [i for i, row in enumerate(rows) if row.overwritten]
+    return Step(_reads(rows, apart), apart, token, block, slot, [f for row in rows for f in row.folds()])
 
 
 class _Row:
@@ -87,6 +94,8 @@ class _Row:
         self.pages, self.exact = pages, exact
         self.past = length - new
         self.folded = self._folded()
+        written = self.exact[-(-self.past // geometry.exact_tokens) : -(-length // geometry.exact_tokens)]
+        self.overwritten = bool(np.isin(self.recent, written[written != NULL_BLOCK]).any())
 
     def _exact_blocks(self, start: int, stop: int) -> Table:
         """Blocks of tokens start..stop-1; start begins a block."""
@@ -118,11 +127,18 @@ class _Row:
     def copies(self) -> tuple[Ints, Ints, Ints]:
         """(token of the call, block, slot) of every new token that has an exact block."""
         block, slot = np.divmod(np.arange(self.past, self.length), self.geometry.exact_tokens)
-        where = self.exact[block].astype(np.int64)
+        where = self._writable(int(block[0]), int(block[-1]) + 1)[block - block[0]].astype(np.int64)
         kept = np.flatnonzero(where != NULL_BLOCK)
         if (where[max(0, self.length // PAGE_TOKENS * PAGE_TOKENS - self.past) :] == NULL_BLOCK).any():
             raise _lost(self.length)
         return self.start + kept, where[kept], slot[kept]
+
+    def _writable(self, first: int, stop: int) -> Table:
+        """Exact blocks from number `first` on, null where later tokens of the call have the same block."""
+        blocks = self.exact[first:stop]
+        last = np.full(len(blocks), False)
+        last[len(blocks) - 1 - np.unique(blocks[::-1], return_index=True)[1]] = True
+        return np.where(last, blocks, NULL_BLOCK)
 
     def folds(self) -> list[Fold]:
         first, stop = self.past // PAGE_TOKENS, self.length // PAGE_TOKENS
@@ -130,14 +146,17 @@ class _Row:
             return []
         begin = first * PAGE_TOKENS
         head = self._exact_blocks(begin, self.past)
-        return [Fold(self.page_numbers(first, stop), head, self.past - begin, self.start, first == 0)]
+        numbers = self.page_numbers(first, stop)
+        return [Fold(numbers, head, self.past - begin, self.start, first == 0, self.overwritten)]
 
 
-def _reads(rows: list[_Row]) -> PooledCall:
+def _reads(rows: list[_Row], apart: list[int]) -> PooledCall:
     numbers, recent = [row.read_pages() for row in rows], [row.recent for row in rows]
     runs: list[tuple[int, int, int]] = []
     for i, row in enumerate(rows):
-        if runs and runs[-1][2] == row.new:
+        if i in apart:
+            continue
+        if runs and runs[-1][2] == row.new and sum(runs[-1][:2]) == i:
             runs[-1] = (runs[-1][0], runs[-1][1] + 1, row.new)
         else:
             runs.append((i, 1, row.new))
