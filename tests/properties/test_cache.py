@@ -7,6 +7,7 @@ import ctypes
 import gc
 import mmap
 import pickle
+import random
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from kvfold.cache.layer import FoldedAttention
 from kvfold.cache.pages import PagePool
 from kvfold.cache.sequence import LayerSequence
-from kvfold.cache.sizes import pool_bytes_at_most
+from kvfold.cache.sizes import mapped, pool_bytes_at_most
 from kvfold.config import PAGE_TOKENS, CacheSpec, SideSpec
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import LayerShape
@@ -530,3 +531,21 @@ def test_memory_running_out_leaves_a_batch_exactly_as_it_was(fail_at: int) -> No
     whole.trim(100)
     whole.append(*(x[0] for x in tokens(2100, seed=1, rows=2)))
     assert state_of(layer.sequences[0]) == state_of(whole)
+
+
+def test_rows_after_the_last_in_use_go_back_to_the_system() -> None:
+    """Of pages released in any order, those at a slab's end take no memory, and what was kept is still there."""
+    pool = PagePool(5000, torch.device("cpu"))
+    pages = [pool.allocate() for _ in range(60)]
+    for page in pages:
+        pool.row(page).fill_(page)
+    full, kept = pool.nbytes, pages[:3] + pages[32:34]
+    for page in random.Random(5).sample([p for p in pages if p not in kept], 55):
+        pool.release(page)
+    assert pool.nbytes == mapped(3 * 5000, True) + mapped(2 * 5000, True) < full
+    assert sum(written(pool.row(page)) for page in (0, 32)) == pool.nbytes
+    assert pool.growth(31) == mapped(32 * 5000, True) - mapped(3 * 5000, True) + mapped(4 * 5000, True) - mapped(
+        2 * 5000, True
+    )
+    assert all(bool((pool.row(page) == page).all()) for page in kept)
+    assert pool.allocate() == 3

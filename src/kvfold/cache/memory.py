@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import sys
 from contextlib import suppress
 
 import torch
@@ -29,6 +30,17 @@ def reserve(nbytes: int, device: torch.device) -> Tensor:
         with suppress(OSError):
             memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def give_back(tail: Tensor) -> bool:
+    """Let the system have what a tail of reserved memory on the CPU takes, in whole pages of its own; it reads as zeros when it is
+    taken again. False, and nothing done, where it cannot be relied on."""
+    if sys.platform != "linux":
+        return False
+    start = mapped(tail.data_ptr(), on_cpu=True)
+    size = mapped(tail.data_ptr() + tail.nbytes, on_cpu=True) - start  # reserved memory ends where a page does
+    libc = ctypes.CDLL(None)
+    return size <= 0 or libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED) == 0
 
 
 @functools.cache

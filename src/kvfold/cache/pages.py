@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.cache.memory import reserve
+from kvfold.cache.memory import give_back, reserve
 from kvfold.cache.sizes import mapped, pool_bytes_at_most, slab_rows
 from kvfold.engine.request import Runs
 
@@ -28,7 +28,7 @@ class PagePool:
         self.on_cpu = device.type == "cpu"
         self._slabs: dict[int, Tensor] = {}  # id of a slab's first page -> its rows
         self._used: dict[int, int] = {}  # the same -> how many of them are in use
-        self._taken: dict[int, int] = {}  # the same -> how many take memory: on the CPU, those in use until now
+        self._taken: dict[int, int] = {}  # the same -> how many rows take memory: on the CPU, up to the last in use
         self._where: dict[int, tuple[int, int]] = {}  # page -> (slab, row)
         self._count: dict[int, int] = {}  # page -> references
         self._free: list[int] = []
@@ -47,7 +47,7 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Every byte of every slab but, on the CPU, of rows that were never in use, free rows included."""
+        """Every byte of every slab but, on the CPU, of rows after the last in use; free rows before it included."""
         with self._lock:
             self._drain()
             return sum(mapped(n * self.page_bytes, self.on_cpu) for n in self._taken.values())
@@ -85,14 +85,21 @@ class PagePool:
         """Bytes that allocating so many pages would add."""
         with self._lock:
             self._drain()
-            rows, taken = sum(map(len, self._slabs.values())), sum(self._taken.values())
-            wanted, added = sum(self._used.values()) + pages, 0
+            rows = sum(map(len, self._slabs.values()))
+            wanted, left, added = sum(self._used.values()) + pages, pages, 0
             if self.one_by_one:
                 return max(0, wanted - rows) * mapped(self.page_bytes, self.on_cpu)
-            if wanted > taken < rows:  # only the newest slab has rows that take no memory yet
-                had = self._taken[max(self._taken)]
-                part = (had + min(wanted, rows) - taken, had)
-                added = sum(s * mapped(n * self.page_bytes, self.on_cpu) for s, n in zip((1, -1), part, strict=True))
+            for (
+                slab,
+                taken,
+            ) in (
+                self._taken.items()
+            ):  # the lowest free row is the next: slab by slab, those before the last in use first
+                left -= min(left, taken - self._used[slab])
+                more = min(left, len(self._slabs[slab]) - taken)
+                left -= more
+                both = (mapped(n * self.page_bytes, self.on_cpu) for n in (taken + more, taken))
+                added += next(both) - next(both)
             while rows < wanted:
                 n = slab_rows(rows, self.page_bytes, self.on_cpu)
                 added += mapped((min(n, wanted - rows) if self.on_cpu else n) * self.page_bytes, self.on_cpu)
@@ -154,6 +161,12 @@ class PagePool:
             for p in gone:
                 del self._where[p], self._count[p]
             del self._slabs[slab], self._used[slab], self._taken[slab]
+        elif self.on_cpu:
+            taken = self._taken[slab]
+            while self._count[slab + taken - 1] == 0:
+                taken -= 1
+            if taken < self._taken[slab] and give_back(self._slabs[slab][taken:]):
+                self._taken[slab] = taken
 
     def references(self, page: int) -> int:
         return self._count[page]
