@@ -549,3 +549,7 @@ def test_rows_after_the_last_in_use_go_back_to_the_system() -> None:
     )
     assert all(bool((pool.row(page) == page).all()) for page in kept)
     assert pool.allocate() == 3
+    copied = copy.deepcopy(pool)  # into memory of no particular alignment
+    for page in (3, 2, 33):
+        copied.release(page)
+    assert all(bool((copied.row(page) == page).all()) for page in (0, 1, 32))

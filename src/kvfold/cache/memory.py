@@ -33,14 +33,17 @@ def reserve(nbytes: int, device: torch.device) -> Tensor:
 
 
 def give_back(tail: Tensor) -> bool:
-    """Let the system have what a tail of reserved memory on the CPU takes, in whole pages of its own; it reads as zeros when it is
-    taken again. False, and nothing done, where it cannot be relied on."""
+    """Let the system have what the end of a slab takes, from `tail` to the end of its storage, in whole pages of its own; it
+    reads as zeros when it is taken again. False, and nothing done, where that cannot be relied on."""
     if sys.platform != "linux":
         return False
+    storage = tail.untyped_storage()
+    # Inwards at both ends: reserved memory ends where a page does, that of a copied or unpickled slab need not.
     start = mapped(tail.data_ptr(), on_cpu=True)
-    size = mapped(tail.data_ptr() + tail.nbytes, on_cpu=True) - start  # reserved memory ends where a page does
-    libc = ctypes.CDLL(None)
-    return size <= 0 or libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED) == 0
+    size = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    return (
+        size <= 0 or ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED) == 0
+    )
 
 
 @functools.cache
