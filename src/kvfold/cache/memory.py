@@ -41,9 +41,14 @@ def give_back(tail: Tensor) -> bool:
     # Inwards at both ends: reserved memory ends where a page does, that of a copied or unpickled slab need not.
     start = mapped(tail.data_ptr(), on_cpu=True)
     size = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    return (
-        size <= 0 or ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED) == 0
-    )
+    if size <= 0:
+        return True
+    return bool(_libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED) == 0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 @functools.cache
@@ -55,5 +60,5 @@ def return_large_blocks() -> None:
     price is fresh pages for large activations: 7 % of a prefill of the 12 M model, less of larger ones, nothing of a
     decode step.
     """
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+    if (mallopt := getattr(_libc(), "mallopt", None)) is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)

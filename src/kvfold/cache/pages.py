@@ -50,7 +50,11 @@ class PagePool:
         """Every byte of every slab but, on the CPU, of rows after the last in use; free rows before it included."""
         with self._lock:
             self._drain()
-            return sum(mapped(n * self.page_bytes, self.on_cpu) for n in self._taken.values())
+            return sum(map(self._bytes, self._taken.values()))
+
+    def _bytes(self, rows: int) -> int:
+        """What the first `rows` rows of a slab take."""
+        return mapped(rows * self.page_bytes, self.on_cpu)
 
     @property
     def pages_used(self) -> int:
@@ -85,25 +89,20 @@ class PagePool:
         """Bytes that allocating so many pages would add."""
         with self._lock:
             self._drain()
-            rows = sum(map(len, self._slabs.values()))
-            wanted, left, added = sum(self._used.values()) + pages, pages, 0
+            rows, used = sum(map(len, self._slabs.values())), sum(self._used.values())
             if self.one_by_one:
-                return max(0, wanted - rows) * mapped(self.page_bytes, self.on_cpu)
-            for (
-                slab,
-                taken,
-            ) in (
-                self._taken.items()
-            ):  # the lowest free row is the next: slab by slab, those before the last in use first
+                return max(0, used + pages - rows) * self._bytes(1)
+            left, added = pages, 0
+            for slab, taken in self._taken.items():
+                # The lowest free row is the next: in every slab those before its last in use, then those after.
                 left -= min(left, taken - self._used[slab])
                 more = min(left, len(self._slabs[slab]) - taken)
                 left -= more
-                both = (mapped(n * self.page_bytes, self.on_cpu) for n in (taken + more, taken))
-                added += next(both) - next(both)
-            while rows < wanted:
+                added += self._bytes(taken + more) - self._bytes(taken)
+            while left > 0:
                 n = slab_rows(rows, self.page_bytes, self.on_cpu)
-                added += mapped((min(n, wanted - rows) if self.on_cpu else n) * self.page_bytes, self.on_cpu)
-                rows += n
+                added += self._bytes(min(n, left) if self.on_cpu else n)
+                rows, left = rows + n, left - n
             return added
 
     def at_most(self, pages: int) -> int:

@@ -189,8 +189,8 @@ template <class C> DI void trellis_value_products(State<C>& s, Ring<C>& ring, u3
     }
   }
 }
-// Scores of the next half page, in units of s.cs; its slot is released.
-template <class C> DI void half_scores(float (&x)[C::NG][8], const State<C>& s, Ring<C>& ring, const Levels& book, u32 q_rot, const float* column, u32 tables, int lane) {
+// Scores of the next chunk, in units of s.cs; its slot is released.
+template <class C> DI void chunk_scores(float (&x)[C::NG][8], const State<C>& s, Ring<C>& ring, const Levels& book, u32 q_rot, const float* column, u32 tables, int lane) {
   const int g = lane >> 2; float f8[8], off[C::NG];
 #pragma unroll
   for (int n = 0; n < C::NG; n++) off[n] = 0;
@@ -222,7 +222,7 @@ template <class C> DI void half_scores(float (&x)[C::NG][8], const State<C>& s, 
 // One chunk: its first `hidden` tokens (sinks) and those from `shown` on (a trimmed page) are masked.
 template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u32 q_rot, const float* column, int hidden, int shown, u32 tables, int lane) {
   const int g = lane >> 2; float x[C::NG][8], fac[C::NG], f8[8];
-  half_scores<C>(x, s, ring, plan.P.key, q_rot, column, tables, lane);
+  chunk_scores<C>(x, s, ring, plan.P.key, q_rot, column, tables, lane);
   if (hidden > 0 || shown < 64) {
 #pragma unroll
     for (int n = 0; n < C::NG; n++)

@@ -28,7 +28,7 @@ template <class C> DI void logits(const Args& P) {
   const Cut cut = plan.cut(); const int begin = cut.begin(blockIdx.x), end = begin + cut.size(blockIdx.x);
   Query<C> query; query.load(P, plan.locate(begin), warp, lane);
   Ring<C> ring; ring.init(sm, warp, begin); ring.start(plan, end);
-  State<C> s;
+  State<C> s; int i = begin + warp;                                   // this warp's next item
 #pragma unroll 1
   for (int at = begin; at < end;) {
     const Row row = plan.locate(at); const int stop = row.first + row.items < end ? row.first + row.items : end;
@@ -37,10 +37,10 @@ template <class C> DI void logits(const Args& P) {
     for (int n = 0; n < C::NG; n++) { s.cs[n] = column[(4 * n + (lane & 3)) * 4]; s.zq[n] = ((const int*)column)[(4 * n + (lane & 3)) * 4 + 1]; }
     const int folded = ((const int*)column)[C::COLS * 4];
 #pragma unroll 1
-    for (int i = at + (warp + C::W - (at - begin) % C::W) % C::W; i < stop; i += C::W) {
+    for (; i < stop; i += C::W) {
       ring.refill(plan, end);
       const int first = CHUNK * (i - row.first); float x[C::NG][8];
-      half_scores<C>(x, s, ring, P.key, shared_address(sm) + C::AT_Q, column, tables, lane);
+      chunk_scores<C>(x, s, ring, P.key, shared_address(sm) + C::AT_Q, column, tables, lane);
       store_scores<C>(P, row, x, s, first, P.sinks - first, folded - first, lane);
     }
     if (stop == end) dependent_launch();
