@@ -203,7 +203,7 @@ def memory_table() -> str:
     return markdown(["prompt tokens", "stock cache (float32)", "folded", "of it beyond the folded bytes"], body)
 
 
-def cpu_runs(best: str, beside: str = "kvfold") -> list[dict[str, Row]]:
+def cpu_runs(best: str, beside: str = "read-floor") -> list[dict[str, Row]]:
     """Interleaved runs of the newest commit in cpu.csv on machines whose best level is that one, rows by contender: only rows of
     one run are compared. beside: a contender that the commit must have rows of."""
     machines = {r["machine"] for r in read("cpu") if r["level"] == best}
