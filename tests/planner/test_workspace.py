@@ -68,7 +68,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations make, while they live; `peak`: the most at one time."""
+    """Bytes of the storages that operations make, while they live; `peak`: the most at one time. What operations are given and
+    did not make, weights and the cache's own memory, counts nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,13 +77,17 @@ class Alive(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._know((args, kwargs), made=False)
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.known:
-                self.known[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.known.pop, storage._cdata)
+        self._know(out, made=True)
         self.peak = max(self.peak, sum(self.known.values()))
         return out
+
+    def _know(self, tensors: Any, made: bool) -> None:
+        for x in tree_leaves(tensors):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.known:
+                self.known[storage._cdata] = storage.nbytes() if made else 0
+                weakref.finalize(storage, self.known.pop, storage._cdata)
 
 
 @pytest.mark.parametrize("case", CASES)
