@@ -286,7 +286,9 @@ def _load(source: str, options: Options, weights: bool) -> Loaded:
     def attempt(local_only: bool) -> Loaded:
         found = {**common, "local_files_only": local_only}
         if not weights:
-            return Loaded(AutoConfig.from_pretrained(where, **found), None, source)
+            config = AutoConfig.from_pretrained(where, **found)
+            config.get_text_config(decoder=True).to_dict()  # which may be no config
+            return Loaded(config, None, source)
         quantized = getattr(AutoConfig.from_pretrained(where, **found), "quantization_config", None) is not None
         own = replace(options, dtype="auto") if quantized else options  # codes decode to the dtype they were made from
         return _with_weights(where, found, own, source, AutoModelForCausalLM, AutoTokenizer, torch)

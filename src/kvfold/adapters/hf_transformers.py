@@ -32,6 +32,7 @@ from kvfold.adapters.hf_layers import (
     PagedLayer,
     eager,
     last_readers,
+    own_windows,
     windows_of,
 )
 from kvfold.adapters.hf_state import tensor_bytes
@@ -162,6 +163,7 @@ class FoldedCache(Cache):
             return super().update(key_states, value_states, layer_idx, call=call)
         self.guard.stored.add(layer_idx)
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        own_windows(self.layers[layer_idx])
         self.guard.store(layer_idx)
         return out
 

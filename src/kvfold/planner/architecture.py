@@ -8,7 +8,8 @@ from typing import Any
 
 from kvfold.engine.variant import Reach, Variant
 from kvfold.errors import ModelError, UnsupportedModel
-from kvfold.planner.model import Attention, Layer, Model
+from kvfold.planner.mlp import EXPERT_WIDTHS, MLP_WIDTHS, mlp_values
+from kvfold.planner.model import Attention, Layer, Model, Scores
 from kvfold.planner.states import conv_state, linear_values, running_state
 
 Config = Mapping[str, Any]
@@ -21,14 +22,13 @@ CONTEXTS = (
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
-MLP_WIDTHS = ("intermediate_size", "block_ff_dim", "ffn_hidden_size", "ffn_dim", "n_inner")
 # The least and the most of what a config may say: beyond it lies no model, but a slip that would take all memory or all day.
 SIZES = {
     **dict.fromkeys(LAYERS, (1, 10_000)),
     **dict.fromkeys((*HEADS, "num_key_value_heads", "num_kv_heads", "head_dim", "v_head_dim"), (1, 1 << 14)),
     **dict.fromkeys((*WIDTHS, "linear_num_key_heads", "linear_num_value_heads"), (1, 1 << 20)),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"), (1, 1 << 20)),
-    **dict.fromkeys((*MLP_WIDTHS, "moe_intermediate_size", "kv_lora_rank", "qk_rope_head_dim"), (0, 1 << 24)),
+    **dict.fromkeys((*MLP_WIDTHS, *EXPERT_WIDTHS, "kv_lora_rank", "qk_rope_head_dim"), (0, 1 << 24)),
     "vocab_size": (0, 1 << 28),
 }
 DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "float64": 8}
@@ -79,6 +79,8 @@ SINK_LOGITS = {
     **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa"), ("full", "sliding")),
     "mimo_v2_flash": ("sliding",),
 }
+# How many copies of their scores these hold: a matter of their code.
+SCORES = {"gpt_oss": Scores(3), "mimo_v2_flash": Scores(2), "flint": Scores(3, wide=True)}
 
 
 def read(config: Config) -> Model:
@@ -106,10 +108,11 @@ def read(config: Config) -> Model:
         dtype_bytes=DTYPE_BYTES.get(dtype.removeprefix("torch."), 2),
         hidden=hidden,
         query_heads=heads,
-        mlp_width=_mlp_width(text, hidden),
+        mlp_values=mlp_values(text, hidden),
         linear_values=linear_values(text, hidden) if "linear" in kinds or "hybrid" in kinds else 0,
         vocabulary=int(text.get("vocab_size") or config.get("vocab_size") or 0),
         max_context=next((n for k in CONTEXTS if (n := int(text.get(k) or 0)) > 0), None),
+        scores=SCORES.get(name, Scores()),
     )
 
 
@@ -216,7 +219,7 @@ def _attention(text: Config, i: int, heads: int, hidden: int, slides: bool, chun
     window = own.get("sliding_window") or text.get("sliding_window") or text.get("attention_chunk_size")
     if slides and (window is None or int(window) < 1):
         raise _broken(f"layer {i} slides, and its window is {window}")
-    reach = Reach(int(window), chunked) if slides else None
+    reach = Reach(int(window or 0), chunked) if slides else None
     return Attention(int(kv or heads), int(dim), int(value), replace(variant_of(text, slides), reach=reach))
 
 
@@ -239,12 +242,3 @@ def _overrides(text: Config, i: int, slides: bool) -> dict[str, Any]:
     if slides and text.get("model_type") == "mimo_v2_flash":
         own = {"num_key_value_heads": 2 * text["num_key_value_heads"], **own}
     return {**own, **{k: text[v] for k, v in names.items() if text.get(v)}}
-
-
-def _mlp_width(text: Config, hidden: int) -> int:
-    """The widest intermediate tensor per token: the dense MLP, or the experts one token runs through."""
-    dense = next((text[k] for k in MLP_WIDTHS if text.get(k)), 4 * hidden)
-    each = text.get("moe_intermediate_size") or 0
-    together = text.get("num_experts_per_tok") or text.get("num_experts_per_token") or 0
-    widest = [x if isinstance(x, int) else max(x) for x in (dense, each)]  # some configs name a width per layer
-    return max(widest[0], widest[1] * int(together))
