@@ -206,9 +206,11 @@ def memory_table() -> str:
 def cpu_runs(best: str, beside: str = "read-floor", maker: str = "") -> list[dict[str, Row]]:
     """Interleaved runs of the newest commit in cpu.csv on machines whose best level is that one, rows by contender: only rows of
     one run are compared. beside: a contender that the commit must have rows of. maker: how names of the processors begin."""
-    machines = {r["machine"] for r in read("cpu") if r["level"] == best}
-    others = {r["machine"] for r in read("cpu") if r["level"] in BEST_LEVELS[: BEST_LEVELS.index(best)]}
-    rows = [r for r in read("cpu") if r["machine"] in machines - others and r["machine"].startswith(maker)]
+    levels: dict[tuple[str, str], set[str]] = {}  # of a commit's rows on a machine, whose name does not tell what a host hides
+    for r in read("cpu"):
+        levels.setdefault((r["commit"], r["machine"]), set()).add(r["level"])
+    hosts = {host for host, known in levels.items() if best == next((x for x in BEST_LEVELS if x in known), None)}
+    rows = [r for r in read("cpu") if (r["commit"], r["machine"]) in hosts and r["machine"].startswith(maker)]
     newest = [r["commit"] for r in rows if r["contender"] == beside][-1]
     runs: list[dict[str, Row]] = []
     for r in rows:
