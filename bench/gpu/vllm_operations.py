@@ -33,3 +33,9 @@ def _vocab_parallel_embedding(
     extra = (ids >= added[0]) & (ids < added[1])
     row = torch.where(own, ids - first, torch.where(extra, ids - added[0] + stop - first + padding, 0))
     out.copy_(weight[row] * (own | extra)[:, None])
+
+
+@_operation("weak_ref_tensor(Tensor x) -> Tensor")
+def _weak_ref_tensor(x: torch.Tensor) -> torch.Tensor:
+    """What a CUDA graph reads or writes. vLLM's own lets go of the memory, so that graphs share it; here they do not."""
+    return x.view(x.shape)

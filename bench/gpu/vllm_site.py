@@ -25,7 +25,7 @@ NEEDED = (
     "jsonschema", "jsonschema-specifications", "lark", "llguidance", "lm-format-enforcer", "loguru", "msgspec", "openai",
     "oss-harmony", "outlines_core", "partial-json-parser", "pybase64", "pydantic", "pydantic_core", "pydantic-settings",
     "python-dotenv", "python-json-logger", "python-multipart", "pyzmq", "referencing", "rpds-py", "setproctitle",
-    "sniffio", "starlette", "truststore", "xgrammar",
+    "sniffio", "starlette", "truststore", "typing-inspection", "xgrammar",
 )  # fmt: skip
 PLATFORM = ["--python-version", "3.12", "--only-binary=:all:", "--no-deps", "--implementation", "cp"]
 TAGS = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 26, 27, 28, 31, 34)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
