@@ -44,6 +44,7 @@ FIXED = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
     "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # Sums over GPUs by NCCL alone: others ask for NVLink multicast.
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
