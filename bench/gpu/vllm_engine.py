@@ -67,15 +67,14 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
     if cache.startswith("turboquant"):
         from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
-        # vLLM leaves the first and last two layers at 16 bits: an eighth of Llama-3.1-8B's, and so an eighth here.
-        skipped = [str(i) for i in range(round(given.layers / 8))]
-        TurboQuantConfig.get_boundary_skip_layers = staticmethod(lambda *_: skipped)
+        # vLLM leaves the first and last two layers at 16 bits, of Llama-3.1-8B's an eighth; of few layers that is too much.
+        TurboQuantConfig.get_boundary_skip_layers = staticmethod(lambda *_: [])
 
     kv = {"kv_cache_dtype": "auto" if is_profile(cache) else OWN.get(cache, cache)}
     backend = "CUSTOM" if is_profile(cache) else "TRITON_ATTN"
     kv |= {} if cache.startswith("turboquant") else {"attention_backend": backend}
     # Memory that holds all requests.
-    share = {"bf16": 1.0, "fp8": 0.6}.get(cache, 0.3 if is_profile(cache) else 0.45)
+    share = {"bf16": 1.0, "fp8": 0.6}.get(cache, 0.3 if is_profile(cache) else 0.3)
     tokens = given.batch * (given.context + 512)
     workers = len(given.gpus)
     layer_bytes = 2 * LLAMA["num_key_value_heads"] * LLAMA["head_dim"] * 2  # type: ignore[operator]
