@@ -221,12 +221,14 @@ def memory_table() -> str:
     return markdown(["prompt tokens", "stock cache (float32)", "folded", "of it beyond the folded bytes"], body)
 
 
-def cpu_runs(best: str, beside: str = "read-floor") -> list[dict[str, Row]]:
+def cpu_runs(best: str, beside: str = "read-floor", maker: str = "") -> list[dict[str, Row]]:
     """Interleaved runs of the newest commit in cpu.csv on machines whose best level is that one, rows by contender: only rows of
-    one run are compared. beside: a contender that the commit must have rows of."""
-    machines = {r["machine"] for r in read("cpu") if r["level"] == best}
-    others = {r["machine"] for r in read("cpu") if r["level"] in BEST_LEVELS[: BEST_LEVELS.index(best)]}
-    rows = [r for r in read("cpu") if r["machine"] in machines - others]
+    one run are compared. beside: a contender that the commit must have rows of. maker: how names of the processors begin."""
+    levels: dict[tuple[str, str], set[str]] = {}  # of a commit's rows on a machine, whose name does not tell what a host hides
+    for r in read("cpu"):
+        levels.setdefault((r["commit"], r["machine"]), set()).add(r["level"])
+    hosts = {host for host, known in levels.items() if best == next((x for x in BEST_LEVELS if x in known), None)}
+    rows = [r for r in read("cpu") if (r["commit"], r["machine"]) in hosts and r["machine"].startswith(maker)]
     newest = [r["commit"] for r in rows if r["contender"] == beside][-1]
     runs: list[dict[str, Row]] = []
     for r in rows:
@@ -255,10 +257,10 @@ def bench_table() -> str:
     return markdown(head, [[f"{context:,}", *rest] for context, *rest in sorted(body)])
 
 
-def cpu_table(best: str) -> str:
+def cpu_table(best: str, maker: str = "") -> str:
     """Every run on machines whose best level is that one, in their order."""
     body = []
-    for run in cpu_runs(best):
+    for run in cpu_runs(best, maker=maker):
         r = run["kvfold"]
         case = f"{r['op']} {int(r['context']) // 1024}k"
         if r["op"] == "prefill":
@@ -278,7 +280,7 @@ def cpu_table(best: str) -> str:
 def fold_table() -> str:
     """Folds of the newest commit that ran beside the scalar encoder, on machines whose best level is avx512-vnni."""
     body = []
-    for run in cpu_runs("avx512-vnni", "scalar"):
+    for run in cpu_runs("avx512-vnni", "scalar", "AMD"):
         r, scalar = run["kvfold"], run.get("scalar")
         if scalar is None:
             continue
@@ -339,7 +341,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "bench": bench_table,
     "cpu": partial(cpu_table, "amx"),
-    "cpu_avx512": partial(cpu_table, "avx512-vnni"),
+    "cpu_avx512": partial(cpu_table, "avx512-vnni", "AMD"),
+    "cpu_avx512_intel": partial(cpu_table, "avx512-vnni", "Intel"),
     "cpu_avx2": partial(cpu_table, "avx2"),
     "cpu_fold": fold_table,
     "distortion": distortion_table,
