@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,10 @@ FIXED = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
     "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # Sums over GPUs by NCCL alone: others ask for NVLink multicast.
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
 
 
@@ -59,11 +64,17 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
 
     from vllm import LLM, SamplingParams
 
+    if cache.startswith("turboquant"):
+        from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+        # vLLM leaves the first and last two layers at 16 bits, of Llama-3.1-8B's an eighth; of few layers that is too much.
+        TurboQuantConfig.get_boundary_skip_layers = staticmethod(lambda *_: [])
+
     kv = {"kv_cache_dtype": "auto" if is_profile(cache) else OWN.get(cache, cache)}
     backend = "CUSTOM" if is_profile(cache) else "TRITON_ATTN"
     kv |= {} if cache.startswith("turboquant") else {"attention_backend": backend}
-    # Memory that holds all requests; TurboQuant leaves the first and last two layers at 16 bits.
-    share = {"bf16": 1.0, "fp8": 0.6}.get(cache, 0.3 if is_profile(cache) else 0.8)
+    # Memory that holds all requests.
+    share = {"bf16": 1.0, "fp8": 0.6}.get(cache, 0.3)
     tokens = given.batch * (given.context + 512)
     workers = len(given.gpus)
     layer_bytes = 2 * LLAMA["num_key_value_heads"] * LLAMA["head_dim"] * 2  # type: ignore[operator]
@@ -102,7 +113,8 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
             answers = engine.step()
             now = time.perf_counter()
             if len(first) == len(prompts):
-                out.append(1000 * (now - begin))
+                if len(answers) == len(prompts):
+                    out.append(1000 * (now - begin))
                 begin = now
             else:
                 first |= {a.request_id for a in answers}
@@ -121,14 +133,15 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
 class Contender:
     """An engine that is up, or the reason why not."""
 
-    def __init__(self, text: str, arguments: list[str], logs: Path) -> None:
+    def __init__(self, text: str, arguments: list[str], logs: Path, deadline: float) -> None:
         self.name, self.arguments = text, arguments
         self.cache, _, gpus = text.partition("@")
         self.gpus = gpus or "0"
         self.log = logs / f"vllm-{text.replace('@', '-')}.log"
         self.eager = "--eager" in arguments
         self.read_s: float | None = None
-        self.steps: list[float] = []
+        self.turns: list[list[float]] = []
+        self.deadline = deadline
         self.start()
 
     def start(self) -> None:
@@ -149,15 +162,19 @@ class Contender:
         )
 
     def answer(self) -> list | None:
-        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        """None from an engine that ended, or that has not answered by the deadline."""
+        ready, _, _ = select.select([self.process.stdout], [], [], max(0, self.deadline - time.monotonic()))
+        line = self.process.stdout.readline() if ready else ""  # type: ignore[union-attr]
+        if not line:
+            self.process.kill()
         return json.loads(line) if line else None
 
     def up(self) -> bool:
         """Whether it is; one that cannot be captured in graphs is tried without."""
         said = self.answer()
         if said is None:
-            print(f"{self.name} did not start (eager: {self.eager}):\n{self.log.read_text()[-1500:]}", flush=True)
-            if self.eager:
+            print(f"{self.name} did not start (eager: {self.eager}):\n{self.log.read_text()[-2000:]}", flush=True)
+            if self.eager or time.monotonic() > self.deadline:
                 return False
             self.eager = True
             self.start()
@@ -165,6 +182,11 @@ class Contender:
         self.tokens, self.torch = said
         print(f"{self.name} is up, eager: {self.eager}, its cache holds {self.tokens} tokens", flush=True)
         return True
+
+    @property
+    def steps(self) -> list[float]:
+        """Those after the prompts were read count until there are others."""
+        return [x for turn in self.turns[1:] or self.turns for x in turn]
 
     def take(self) -> bool:
         """A turn; whether it came to its end."""
@@ -178,18 +200,21 @@ class Contender:
             print(f"{self.name} ended:\n{self.log.read_text()[-2500:]}", flush=True)
             return False
         self.read_s = self.read_s or times[0] / 1000
-        self.steps += times[2:-1]
+        self.turns.append(times[2:-1])
         print(f"{self.name}: {times[0]:.0f} ms, then {statistics.median(times[2:-1]):.2f} ms a step", flush=True)
         return True
 
 
-def read(contenders: list[Contender]) -> list[Contender]:
+def read(contenders: list[Contender], given: argparse.Namespace) -> list[Contender]:
     """The prompts, which takes long and is not what is compared: GPUs do it side by side, then what needs several. Those left."""
     done: list[Contender] = []
     groups = [[c for c in contenders if c.gpus == gpu] for gpu in {c.gpus for c in contenders if len(c.gpus) == 1}]
 
     def one(group: list[Contender]) -> None:
-        done.extend([c for c in group if c.take()])
+        for c in group:
+            if c.take():
+                done.append(c)
+                write(done, given)
 
     threads = [threading.Thread(target=one, args=[group]) for group in groups]
     for t in threads:
@@ -197,8 +222,6 @@ def read(contenders: list[Contender]) -> list[Contender]:
     for t in threads:
         t.join()
     one([c for c in contenders if len(c.gpus) > 1])
-    for c in done:
-        c.steps = []
     return [c for c in contenders if c in done]
 
 
@@ -232,6 +255,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--limit", type=float, default=3600, help="seconds after which what is missing is left out")
     parser.add_argument("--inner", help=argparse.SUPPRESS)
     parser.add_argument("--gpus", default="0", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -250,13 +274,15 @@ def main() -> None:
         }
         Path(folder, "config.json").write_text(json.dumps({**LLAMA, **more}))
         arguments = [*sys.argv[1:], "--model", folder]
-        contenders = [Contender(text, arguments, given.out) for text in given.contenders.split(",")]
-        contenders = read([c for c in contenders if c.up()])
+        deadline = time.monotonic() + given.limit
+        contenders = [Contender(text, arguments, given.out, deadline) for text in given.contenders.split(",")]
+        contenders = read([c for c in contenders if c.up()], given)
+        up = list(contenders)
         for number in range(given.rounds):
             first = number % max(1, len(contenders))
             lost = [c for c in contenders[first:] + contenders[:first] if not c.take()]
             contenders = [c for c in contenders if c not in lost]
-            write(contenders, given)
+            write(up, given)
         for c in contenders:
             c.process.stdin.close()  # type: ignore[union-attr]
 

@@ -92,10 +92,11 @@ class FoldedCache(Cache):
         self.guard = CallGuard(-1)
         variant = variant_of(text.to_dict(), slides=False)
         own = self.spec.for_latents() if variant.latent else self.spec
+        folding = [i for i, layer in enumerate(layers) if type(layer) in FOLDED]
         for i, layer in enumerate(layers):
             if (kind := FOLDED.get(type(layer))) is not None:
                 states = getattr(layer, "number_of_states", 0)
-                layers[i] = kind(own, i, backend, self.guard, variant, states)
+                layers[i] = kind(own.for_layer(folding.index(i), len(folding)), i, backend, self.guard, variant, states)
             elif type(layer) not in STOCK_LAYERS:
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         self.backend, self._softmax = backend, variant_of(text.to_dict(), slides=True)
