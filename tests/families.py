@@ -175,17 +175,26 @@ FAMILIES = tuple(
             "minimax_m3_vl_text",
         ),
         *("modernbert-decoder", "moshi", "pegasus", "plbart", "recurrent_gemma", "whisper", "zaya"),
+        *("axk2", "blenderbot-small", "deepseek_v32", "deepseek_v4", "falcon_mamba"),
+        *("glm_moe_dsa", "gpt_neox_japanese", "hy_v4", "inkling2_text", "mvp", "openai-gpt"),
+        *("rwkv", "trocr", "xlstm"),
     )
     if t in CONFIG_MAPPING
 )
 # Refused by name, and what the refusal says.
 REFUSED = {
     **dict.fromkeys(
-        ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "xglm"),
+        (
+            *("bloom", "codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"),
+            *("mvp", "openai-gpt", "rwkv", "trocr", "xglm"),
+        ),
         "does not let its attention implementation be chosen",
     ),
-    "inkling_text": "adds a bias by position",
-    "mamba": "keeps keys and values",
+    **dict.fromkeys(("inkling_text", "inkling2_text"), "adds a bias by position"),
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"), "a latent .MLA. in a way that was not tested"),
+    "deepseek_v4": "unknown cache kind",
+    **dict.fromkeys(("mamba", "falcon_mamba"), "keeps keys and values"),
+    "xlstm": "running states outside",
     "minimax": "a cache of its own kind",
     "recurrent_gemma": "running states in its modules",
     **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),

@@ -10,6 +10,7 @@ LATENT = (
 # Families that a folded cache cannot serve, and why: each would be silently wrong, or fail half-way through a call.
 NOT_FOLDED = {
     **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
+    "dots3_note_text": "has latents of another width, or none, from layer to layer",
     **dict.fromkeys(("inkling_text", "inkling2_text"), "adds a bias by position to its scores (position_bias)"),
     "minimax": "makes a cache of its own kind",
     "mllama_text_model": "keeps what its cross-attention reads in the same cache",

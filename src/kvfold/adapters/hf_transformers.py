@@ -68,12 +68,12 @@ class FoldedCache(Cache):
         if not hasattr(config, "get_text_config"):
             raise InvalidConfig(f"{type(config).__name__} is not a transformers config", "Pass model.config")
         text = config.get_text_config(decoder=True)
+        if text.model_type in NOT_FOLDED:
+            raise Unsupported(f"{text.model_type} {NOT_FOLDED[text.model_type]}", "Use the stock cache for it")
         if getattr(text, "kv_lora_rank", None) and text.model_type not in LATENT:
             raise Unsupported(
                 f"{text.model_type} caches a latent (MLA) in a way that was not tested", "Use the stock cache"
             )
-        if text.model_type in NOT_FOLDED:
-            raise Unsupported(f"{text.model_type} {NOT_FOLDED[text.model_type]}", "Use the stock cache for it")
         layers: list[Any] = DynamicCache(config=config).layers
         if not layers:
             raise InvalidConfig("this config describes no cache layers", "Pass the config of a decoder model")

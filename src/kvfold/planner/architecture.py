@@ -217,7 +217,7 @@ def _attention(text: Config, i: int, heads: int, hidden: int, slides: bool, chun
     dim = own.get("head_dim") or text.get("head_dim") or text.get("attention_head_dim") or hidden // heads
     value = own.get("v_head_dim") or text.get("v_head_dim") or dim
     window = own.get("sliding_window") or text.get("sliding_window") or text.get("attention_chunk_size")
-    if slides and (window is None or int(window) < 1):
+    if slides and (int(window) < 1 if window is not None else "sliding_window" in text):
         raise _broken(f"layer {i} slides, and its window is {window}")
     reach = Reach(int(window or 0), chunked) if slides else None
     return Attention(int(kv or heads), int(dim), int(value), replace(variant_of(text, slides), reach=reach))
