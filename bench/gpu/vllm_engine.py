@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,10 @@ FIXED = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
     "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # Sums over GPUs by NCCL alone: others ask for NVLink multicast.
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
 
 
@@ -59,11 +64,18 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
 
     from vllm import LLM, SamplingParams
 
+    if cache.startswith("turboquant"):
+        from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+        # vLLM leaves the first and last two layers at 16 bits: an eighth of Llama-3.1-8B's, and so an eighth here.
+        skipped = [str(i) for i in range(round(given.layers / 8))]
+        TurboQuantConfig.get_boundary_skip_layers = staticmethod(lambda *_: skipped)
+
     kv = {"kv_cache_dtype": "auto" if is_profile(cache) else OWN.get(cache, cache)}
     backend = "CUSTOM" if is_profile(cache) else "TRITON_ATTN"
     kv |= {} if cache.startswith("turboquant") else {"attention_backend": backend}
-    # Memory that holds all requests; TurboQuant leaves the first and last two layers at 16 bits.
-    share = {"bf16": 1.0, "fp8": 0.6}.get(cache, 0.3 if is_profile(cache) else 0.8)
+    # Memory that holds all requests.
+    share = {"bf16": 1.0, "fp8": 0.6}.get(cache, 0.3 if is_profile(cache) else 0.45)
     tokens = given.batch * (given.context + 512)
     workers = len(given.gpus)
     layer_bytes = 2 * LLAMA["num_key_value_heads"] * LLAMA["head_dim"] * 2  # type: ignore[operator]
@@ -121,7 +133,7 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
 class Contender:
     """An engine that is up, or the reason why not."""
 
-    def __init__(self, text: str, arguments: list[str], logs: Path) -> None:
+    def __init__(self, text: str, arguments: list[str], logs: Path, deadline: float) -> None:
         self.name, self.arguments = text, arguments
         self.cache, _, gpus = text.partition("@")
         self.gpus = gpus or "0"
@@ -129,6 +141,7 @@ class Contender:
         self.eager = "--eager" in arguments
         self.read_s: float | None = None
         self.steps: list[float] = []
+        self.deadline = deadline
         self.start()
 
     def start(self) -> None:
@@ -149,15 +162,19 @@ class Contender:
         )
 
     def answer(self) -> list | None:
-        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        """None from an engine that ended, or that has not answered by the deadline."""
+        ready, _, _ = select.select([self.process.stdout], [], [], max(0, self.deadline - time.monotonic()))
+        line = self.process.stdout.readline() if ready else ""  # type: ignore[union-attr]
+        if not line:
+            self.process.kill()
         return json.loads(line) if line else None
 
     def up(self) -> bool:
         """Whether it is; one that cannot be captured in graphs is tried without."""
         said = self.answer()
         if said is None:
-            print(f"{self.name} did not start (eager: {self.eager}):\n{self.log.read_text()[-1500:]}", flush=True)
-            if self.eager:
+            print(f"{self.name} did not start (eager: {self.eager}):\n{self.log.read_text()[-2000:]}", flush=True)
+            if self.eager or time.monotonic() > self.deadline:
                 return False
             self.eager = True
             self.start()
@@ -232,6 +249,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--limit", type=float, default=3600, help="seconds after which what is missing is left out")
     parser.add_argument("--inner", help=argparse.SUPPRESS)
     parser.add_argument("--gpus", default="0", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -250,7 +268,8 @@ def main() -> None:
         }
         Path(folder, "config.json").write_text(json.dumps({**LLAMA, **more}))
         arguments = [*sys.argv[1:], "--model", folder]
-        contenders = [Contender(text, arguments, given.out) for text in given.contenders.split(",")]
+        deadline = time.monotonic() + given.limit
+        contenders = [Contender(text, arguments, given.out, deadline) for text in given.contenders.split(",")]
         contenders = read([c for c in contenders if c.up()])
         for number in range(given.rounds):
             first = number % max(1, len(contenders))

@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "OMP_NUM_THREADS": "1",
 }
 GREEDY = {"temperature": 0, "max_tokens": 24}
