@@ -31,7 +31,9 @@ from kvfold.evaluation.needle import documents
 LENGTHS = (70, 128, 300, 517, 800, 1100, 1500, 2100)
 PROMPTS = [prompt(i, n) for i, n in enumerate(LENGTHS)]
 WINDOW = text()[:2048]
-NEEDLES = [(d.ids + n.question, n.answer) for d in documents(4096, ["magic_number"], 2, 0, tokenizer()) for n in d.needles]
+NEEDLES = [
+    (d.ids + n.question, n.answer) for d in documents(4096, ["magic_number"], 2, 0, tokenizer()) for n in d.needles
+]
 
 
 def same(workers: int) -> dict[str, Any]:
@@ -112,12 +114,13 @@ def main() -> None:
         got = done.get((profile, "quality"))
         if got is None:
             continue
+        begin = len(rows)
         hits = sum(ids[: len(a)] == a for ids, (_, a) in zip(got.ids(1), NEEDLES, strict=True))
         rows.append([profile or "stock", "needles at 4096", f"{hits} of {len(NEEDLES)}"])
         if profile and stock:
             folded, own = (torch.from_numpy(r.logprobs[0, 0]) for r in (got, stock))
             rows.append([profile, "kld", f"{float(compare(folded, own)[0].mean()):.5f}"])
-        print(profile or "stock", rows[-2:], repr(tokenizer().decode(got.ids(2)[0])), flush=True)
+        print(profile or "stock", rows[begin:], repr(tokenizer().decode(got.ids(2)[0])), flush=True)
     with (given.out / "gpu_vllm_check.csv").open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["date", "device", "torch", "workers", "cache", "what", "result"])

@@ -67,15 +67,14 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
     if cache.startswith("turboquant"):
         from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
-        # vLLM leaves the first and last two layers at 16 bits: an eighth of Llama-3.1-8B's, and so an eighth here.
-        skipped = [str(i) for i in range(round(given.layers / 8))]
-        TurboQuantConfig.get_boundary_skip_layers = staticmethod(lambda *_: skipped)
+        # vLLM leaves the first and last two layers at 16 bits, of Llama-3.1-8B's an eighth; of few layers that is too much.
+        TurboQuantConfig.get_boundary_skip_layers = staticmethod(lambda *_: [])
 
     kv = {"kv_cache_dtype": "auto" if is_profile(cache) else OWN.get(cache, cache)}
     backend = "CUSTOM" if is_profile(cache) else "TRITON_ATTN"
     kv |= {} if cache.startswith("turboquant") else {"attention_backend": backend}
     # Memory that holds all requests.
-    share = {"bf16": 1.0, "fp8": 0.6}.get(cache, 0.3 if is_profile(cache) else 0.45)
+    share = {"bf16": 1.0, "fp8": 0.6}.get(cache, 0.3)
     tokens = given.batch * (given.context + 512)
     workers = len(given.gpus)
     layer_bytes = 2 * LLAMA["num_key_value_heads"] * LLAMA["head_dim"] * 2  # type: ignore[operator]
@@ -114,7 +113,8 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
             answers = engine.step()
             now = time.perf_counter()
             if len(first) == len(prompts):
-                out.append(1000 * (now - begin))
+                if len(answers) == len(prompts):
+                    out.append(1000 * (now - begin))
                 begin = now
             else:
                 first |= {a.request_id for a in answers}
@@ -140,7 +140,7 @@ class Contender:
         self.log = logs / f"vllm-{text.replace('@', '-')}.log"
         self.eager = "--eager" in arguments
         self.read_s: float | None = None
-        self.steps: list[float] = []
+        self.turns: list[list[float]] = []
         self.deadline = deadline
         self.start()
 
@@ -183,6 +183,11 @@ class Contender:
         print(f"{self.name} is up, eager: {self.eager}, its cache holds {self.tokens} tokens", flush=True)
         return True
 
+    @property
+    def steps(self) -> list[float]:
+        """Those after the prompts were read count until there are others."""
+        return [x for turn in self.turns[1:] or self.turns for x in turn]
+
     def take(self) -> bool:
         """A turn; whether it came to its end."""
         try:
@@ -195,18 +200,21 @@ class Contender:
             print(f"{self.name} ended:\n{self.log.read_text()[-2500:]}", flush=True)
             return False
         self.read_s = self.read_s or times[0] / 1000
-        self.steps += times[2:-1]
+        self.turns.append(times[2:-1])
         print(f"{self.name}: {times[0]:.0f} ms, then {statistics.median(times[2:-1]):.2f} ms a step", flush=True)
         return True
 
 
-def read(contenders: list[Contender]) -> list[Contender]:
+def read(contenders: list[Contender], given: argparse.Namespace) -> list[Contender]:
     """The prompts, which takes long and is not what is compared: GPUs do it side by side, then what needs several. Those left."""
     done: list[Contender] = []
     groups = [[c for c in contenders if c.gpus == gpu] for gpu in {c.gpus for c in contenders if len(c.gpus) == 1}]
 
     def one(group: list[Contender]) -> None:
-        done.extend([c for c in group if c.take()])
+        for c in group:
+            if c.take():
+                done.append(c)
+                write(done, given)
 
     threads = [threading.Thread(target=one, args=[group]) for group in groups]
     for t in threads:
@@ -214,8 +222,6 @@ def read(contenders: list[Contender]) -> list[Contender]:
     for t in threads:
         t.join()
     one([c for c in contenders if len(c.gpus) > 1])
-    for c in done:
-        c.steps = []
     return [c for c in contenders if c in done]
 
 
@@ -270,12 +276,13 @@ def main() -> None:
         arguments = [*sys.argv[1:], "--model", folder]
         deadline = time.monotonic() + given.limit
         contenders = [Contender(text, arguments, given.out, deadline) for text in given.contenders.split(",")]
-        contenders = read([c for c in contenders if c.up()])
+        contenders = read([c for c in contenders if c.up()], given)
+        up = list(contenders)
         for number in range(given.rounds):
             first = number % max(1, len(contenders))
             lost = [c for c in contenders[first:] + contenders[:first] if not c.take()]
             contenders = [c for c in contenders if c not in lost]
-            write(contenders, given)
+            write(up, given)
         for c in contenders:
             c.process.stdin.close()  # type: ignore[union-attr]
 

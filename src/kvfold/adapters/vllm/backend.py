@@ -7,8 +7,10 @@ change results and is not implemented is refused when the model is built.
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass, replace
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -120,7 +122,7 @@ class FoldedMetadata:
     step: Step | None = None
 
     def plan(self, geometry: Geometry, exact_table: Tensor) -> Step:
-        """Made by the first layer, used by all. On a GPU this waits for the step before: block tables lie there."""
+        """Made by the first layer, used by all. Waits for the step before if the tables lie on a GPU."""
         if self.step is None:
             starts, lengths = (x.cpu().numpy().astype("int64") for x in (self.query_start_loc, self.seq_lens))
             tables = (
@@ -139,6 +141,7 @@ class FoldedMetadataBuilder(AttentionMetadataBuilder[FoldedMetadata]):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._runner: Any = None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -148,7 +151,37 @@ class FoldedMetadataBuilder(AttentionMetadataBuilder[FoldedMetadata]):
             raise Unsupported(
                 "folded attention is causal", "Unset KVFOLD_PROFILE to run this model in vLLM's own cache"
             )
-        return FoldedMetadata(m.query_start_loc, m.seq_lens, m.block_table_tensor, m.max_seq_len)
+        table = self._host_table(m)
+        if table is None:
+            return FoldedMetadata(m.query_start_loc, m.seq_lens, m.block_table_tensor, m.max_seq_len)
+        return FoldedMetadata(m.query_start_loc_cpu, m.seq_lens_cpu_upper_bound, table, m.max_seq_len)
+
+    def _host_table(self, m: CommonAttentionMetadata) -> Tensor | None:
+        """What the scheduler wrote before it was copied to the GPU: reading it back would wait for the step before. vLLM hands
+        builders the copy only, so its runner is looked for among the callers. None where it keeps no such table, and with
+        drafts, when only the GPU knows how many tokens were accepted."""
+        if m.block_table_tensor.device.type == "cpu" or self.vllm_config.speculative_config is not None:
+            return None
+        if self._runner is None:
+            self._runner = _caller_with("input_batch", "kv_cache_config")
+        groups = self._runner.kv_cache_config.kv_cache_groups if self._runner else []
+        for i, group in enumerate(groups):
+            if self.layer_names[0] in group.layer_names:
+                tables = self._runner.input_batch.block_table[i]
+                if tables.get_device_tensor(m.num_reqs).data_ptr() == m.block_table_tensor.data_ptr():
+                    return cast(Tensor, tables.get_cpu_tensor()[: m.num_reqs])
+        return None
+
+
+def _caller_with(*names: str) -> Any:
+    """The nearest object with all these attributes whose method is running; None if there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if all(hasattr(owner, name) for name in names):
+            return owner
+        frame = frame.f_back
+    return None
 
 
 class FoldedCpuMetadataBuilder(FoldedMetadataBuilder):

@@ -46,7 +46,7 @@ class PooledLayer:
     def _store(self, step: Step, k: Tensor, v: Tensor) -> None:
         made = step.reads.made
         if "store" not in made:
-            made["store"] = [torch.from_numpy(x).to(k.device) for x in (step.token, step.block, step.slot)]
+            made["store"] = [on_cuda.upload(x, k.device) for x in (step.token, step.block, step.slot)]
         token, block, slot = made["store"]
         if len(token) == len(k):  # all of them, in order
             self.memory.exact[block, :, slot] = torch.cat([k, v], dim=-1)

@@ -136,6 +136,8 @@ class _Row:
     def _writable(self, first: int, stop: int) -> Table:
         """Exact blocks from number `first` on, null where later tokens of the call have the same block."""
         blocks = self.exact[first:stop]
+        if len(blocks) == 1:
+            return blocks
         last = np.full(len(blocks), False)
         last[len(blocks) - 1 - np.unique(blocks[::-1], return_index=True)[1]] = True
         return np.where(last, blocks, NULL_BLOCK)

@@ -22,6 +22,11 @@ from kvfold.engine.request import AttendRequest, Runs, SequenceView
 UNIT = torch.int64  # rows are gathered as these
 
 
+def upload(x: NDArray[np.int64], device: torch.device) -> Tensor:
+    """x on the device, in stream order: the host does not wait for what the device has yet to do."""
+    return torch.from_numpy(x).to(device, non_blocking=True)
+
+
 class Tables:
     """A step's reads as the kernels want them. page_offsets: int64 [pages] bytes from the start of a layer's pool, `pages` the
     addresses in the layer that runs. batches: sequences that the decode kernel takes together."""
@@ -30,7 +35,7 @@ class Tables:
         device = pools.exact.device
         block, page = np.divmod(call.page_numbers, pools.pages.shape[1])
         offsets = block * pools.pages.stride(0) + page * pools.pages.stride(1)
-        self.page_offsets = torch.from_numpy(offsets).to(device)
+        self.page_offsets = upload(offsets, device)
         self.pages = torch.empty_like(self.page_offsets)
         few = [run for run in call.runs if run[2] * groups < MIN_COLUMNS]
         parts = [(at, min(MAX_BATCH, end - at), new) for first, count, new in few
@@ -56,10 +61,8 @@ class Batch:
         recent = _positions(call, pools, first, count, longest)
         sink = call.sink_block[at, None] * pools.exact.stride(0) + np.arange(sinks) * pools.exact.stride(2)
         head = torch.arange(heads, device=device).view(1, heads, 1) * pools.exact.stride(1)
-        side = torch.tensor([0, dim], device=device).view(2, 1, 1, 1)
-        places = [
-            torch.from_numpy(x).to(device)[:, None] + head + side for x in (recent, sink)
-        ]  # [2, count, H, tokens]
+        side = torch.arange(2, device=device).view(2, 1, 1, 1) * dim
+        places = [upload(x, device)[:, None] + head + side for x in (recent, sink)]  # [2, count, H, tokens]
         self.rows = torch.cat([p.flatten() for p in places]) // (UNIT.itemsize // bytes_)
         words = np.zeros((count, SEQUENCE_WORDS), np.int64)
         row, ring, sunk = dim * bytes_, heads * longest, heads * sinks
@@ -71,7 +74,7 @@ class Batch:
         ints = np.zeros((count, 6), np.int32)  # length, folded, pads, first, ring, unused
         ints[:, 0], ints[:, 1], ints[:, 4] = (call.folded + call.recent)[at], call.folded[at], longest
         words[:, 5:8], words[:, 8] = ints.view(np.int64), longest * dim
-        self.sequences = torch.from_numpy(words).to(device)
+        self.sequences = upload(words, device)
         self.exact = tables.exact[: len(self.rows)]
 
 
@@ -150,7 +153,7 @@ class Folding:
             for f in folds:
                 block, page = np.divmod(f.numbers, pools.pages.shape[1])
                 at = pools.pages.data_ptr() + block * pools.pages.stride(0) + page * pools.pages.stride(1)
-                self.engine.fold_to(f.keys, f.values, f.first, torch.from_numpy(at).to(self.engine.device))
+                self.engine.fold_to(f.keys, f.values, f.first, upload(at, self.engine.device))
                 f.keys.record_stream(self.stream)
                 f.values.record_stream(self.stream)
             self.bad.copy_(self.engine.nonfinite, non_blocking=True)
