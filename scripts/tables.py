@@ -101,6 +101,8 @@ def eval_table() -> str:
         profile = "plain" if "--no-centre" in r["command"] else option(r, "profile", "balanced")
         if skip := option(r, "skip", ""):
             profile += f", {skip} windows on"
+        if r["command"].endswith(" --graded"):
+            profile += ", graded"
         if states := option(r, "states", ""):
             profile += f", states {states}"
         kld, change = float(r["kld_mean"]), 100 * float(r["perplexity_change"])
@@ -125,6 +127,22 @@ def tune_table() -> str:
         body.append([model, level, bits, *kld, top])
     head = ["model", "level", "bits plain / tuned", "KLD plain", "tuned", "values alone"]
     return markdown([*head, "same top token, %, plain / tuned"], body)
+
+
+def graded_table() -> str:
+    """A row per model and level: as it is, and graded."""
+    runs = {r["command"]: r for r in read("eval")}
+    body = []
+    for command, r in runs.items():
+        if not command.endswith(" --graded"):
+            continue
+        pair = (runs[command.removesuffix(" --graded")], r)
+        bits = " / ".join(f"{float(x['bits_per_value']):.3f}" for x in pair)
+        kld = [f"{float(x['kld_mean']):.5f} ± {float(x['kld_se']):.5f}" for x in pair]
+        top = " / ".join(f"{100 * float(x['top1_agreement']):.1f}" for x in pair)
+        body.append([model_name(r), option(r, "profile", "balanced"), bits, *kld, top])
+    head = ["model", "level", "bits as it is / graded", "KLD as it is", "graded"]
+    return markdown([*head, "same top token, %, as it is / graded"], body)
 
 
 def needle_cells() -> dict[tuple[int, str, str, str], list[Row]]:
@@ -161,7 +179,7 @@ def needle_loss_table() -> str:
     """A row per model and profile: every answer up to LONGEST_GRID tokens, and the loss with its standard error."""
     grid: dict[tuple[str, str], list[Row]] = {}
     for (context, model, _, profile), rows in needle_cells().items():
-        if context <= LONGEST_GRID and (profile in NEEDLE_PROFILES or profile.startswith("tuned-")):
+        if context <= LONGEST_GRID and (profile in NEEDLE_PROFILES or profile.startswith(("tuned-", "graded-"))):
             grid.setdefault((model, profile.removesuffix(".toml")), []).extend(rows)
     body = []
     for (model, profile), rows in sorted(grid.items()):
@@ -203,12 +221,14 @@ def memory_table() -> str:
     return markdown(["prompt tokens", "stock cache (float32)", "folded", "of it beyond the folded bytes"], body)
 
 
-def cpu_runs(best: str, beside: str = "read-floor") -> list[dict[str, Row]]:
+def cpu_runs(best: str, beside: str = "read-floor", maker: str = "") -> list[dict[str, Row]]:
     """Interleaved runs of the newest commit in cpu.csv on machines whose best level is that one, rows by contender: only rows of
-    one run are compared. beside: a contender that the commit must have rows of."""
-    machines = {r["machine"] for r in read("cpu") if r["level"] == best}
-    others = {r["machine"] for r in read("cpu") if r["level"] in BEST_LEVELS[: BEST_LEVELS.index(best)]}
-    rows = [r for r in read("cpu") if r["machine"] in machines - others]
+    one run are compared. beside: a contender that the commit must have rows of. maker: how names of the processors begin."""
+    levels: dict[tuple[str, str], set[str]] = {}  # of a commit's rows on a machine, whose name does not tell what a host hides
+    for r in read("cpu"):
+        levels.setdefault((r["commit"], r["machine"]), set()).add(r["level"])
+    hosts = {host for host, known in levels.items() if best == next((x for x in BEST_LEVELS if x in known), None)}
+    rows = [r for r in read("cpu") if (r["commit"], r["machine"]) in hosts and r["machine"].startswith(maker)]
     newest = [r["commit"] for r in rows if r["contender"] == beside][-1]
     runs: list[dict[str, Row]] = []
     for r in rows:
@@ -237,10 +257,10 @@ def bench_table() -> str:
     return markdown(head, [[f"{context:,}", *rest] for context, *rest in sorted(body)])
 
 
-def cpu_table(best: str) -> str:
+def cpu_table(best: str, maker: str = "") -> str:
     """Every run on machines whose best level is that one, in their order."""
     body = []
-    for run in cpu_runs(best):
+    for run in cpu_runs(best, maker=maker):
         r = run["kvfold"]
         case = f"{r['op']} {int(r['context']) // 1024}k"
         if r["op"] == "prefill":
@@ -260,7 +280,7 @@ def cpu_table(best: str) -> str:
 def fold_table() -> str:
     """Folds of the newest commit that ran beside the scalar encoder, on machines whose best level is avx512-vnni."""
     body = []
-    for run in cpu_runs("avx512-vnni", "scalar"):
+    for run in cpu_runs("avx512-vnni", "scalar", "AMD"):
         r, scalar = run["kvfold"], run.get("scalar")
         if scalar is None:
             continue
@@ -313,6 +333,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trellis": trellis_table,
     "legs": legs_table,
     "tune": tune_table,
+    "graded": graded_table,
     "needle": partial(needle_table, False),
     "needle_loss": needle_loss_table,
     "needle_kinds": partial(needle_table, True),
@@ -320,7 +341,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "bench": bench_table,
     "cpu": partial(cpu_table, "amx"),
-    "cpu_avx512": partial(cpu_table, "avx512-vnni"),
+    "cpu_avx512": partial(cpu_table, "avx512-vnni", "AMD"),
+    "cpu_avx512_intel": partial(cpu_table, "avx512-vnni", "Intel"),
     "cpu_avx2": partial(cpu_table, "avx2"),
     "cpu_fold": fold_table,
     "distortion": distortion_table,

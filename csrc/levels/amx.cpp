@@ -56,12 +56,14 @@ inline void multiply_tiles() {
 
 // Levels of one group, 64 bytes per quad.
 template <int Bits, int Quads>
-void unpack(const std::uint8_t* src, std::uint8_t* out, const std::uint8_t* table) {
-  const __m512i levels = _mm512_load_si512(table);
-  walk<Simd, Bits, Quads>(src, 0, [&](int quad, __m512i codes) { _mm512_store_si512(out + 64 * quad, Simd::lookup(codes, levels)); });
+void unpack(const std::uint8_t* src, std::uint8_t* out, const std::uint8_t* tables) {
+  const auto ask = [](const std::uint8_t* line) KVF_INLINE_LAMBDA { Simd::prefetch_codes(line); };
+  walk_groups<Bits, Quads, 1>(src, ask, [&](int quad, const Lines<1>& codes, auto table) KVF_INLINE_LAMBDA {
+    _mm512_store_si512(out + 64 * quad, Simd::lookup(codes.of[0], _mm512_load_si512(tables + 64 * table)));
+  });
 }
 
-using Unpack = void (*)(const std::uint8_t* src, std::uint8_t* out, const std::uint8_t* table);
+using Unpack = void (*)(const std::uint8_t* src, std::uint8_t* out, const std::uint8_t* tables);
 
 Unpack unpack_for(int bits, int quads) {
   if (bits == kIndexBits) return quads == 16 ? unpack<kIndexBits, 16> : quads == 32 ? unpack<kIndexBits, 32> : unpack<kIndexBits, 64>;
@@ -169,9 +171,9 @@ struct TilesKernel {
 
   void unpack_step(const Block& of, int step, std::uint8_t* out) const {
     if (step < of.key_steps)
-      unpack_key(of.sources[step], out, key.table);
+      unpack_key(of.sources[step], out, key.tables);
     else
-      unpack_value[0](of.sources[step], out, value.table);
+      unpack_value[0](of.sources[step], out, value.tables);
   }
 
   // All of a block at once, which is a page.
@@ -180,9 +182,9 @@ struct TilesKernel {
     const std::uint8_t* row = page(now->first_page);
     const std::uint8_t* keys = key.keys(row + layout.key_codes(now->head), row + layout.key_scales(now->head));
     const std::uint8_t* values = value.values(row + layout.value_codes(now->head), row + layout.value_scales(now->head), value.levels);
-    for (int g = 0; g < kTokenGroups; ++g) unpack_key(keys + g * key_group, unpacked + g * kSlotBytes, key.table);
+    for (int g = 0; g < kTokenGroups; ++g) unpack_key(keys + g * key_group, unpacked + g * kSlotBytes, key.tables);
     for (int g = 0; g < kValueGroups; ++g)
-      unpack_value[g % 2](values + value.value_group(g), unpacked + (kTokenGroups + g) * kSlotBytes, value.table);
+      unpack_value[g % 2](values + value.value_group(g), unpacked + (kTokenGroups + g) * kSlotBytes, value.tables);
   }
 
   // Asks for the next lines of the stream of rows. Called at an even pace in all phases: memory idles whenever nothing is asked for.

@@ -3,6 +3,7 @@
 #ifndef KVFOLD_LEVEL_H
 #define KVFOLD_LEVEL_H
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../format.h"
@@ -32,10 +33,12 @@ constexpr int kOperandRow = kMaxDim / 4 * 8;
 constexpr int kOperandBytes = kTileRows * kOperandRow;
 
 constexpr int kBlockPages = 2;  // share a softmax
+constexpr int kDotGroups = 2;   // of lanes, at most, that a dot product takes; its sums are [group][8 rows][16 lanes]
 
 // Codes of the same lanes in one page or two: their dot products add up, over operands that follow each other.
 struct Parts {
   const std::uint8_t* codes[kBlockPages];
+  std::ptrdiff_t ahead[kBlockPages];  // from a line of packed codes to the same of the next KV head, which a level may ask for early
   int count;
 };
 

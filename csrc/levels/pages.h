@@ -24,7 +24,7 @@
 namespace kvfold {
 namespace {
 
-using Dot = void (*)(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+using Dot = void (*)(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* tables,
                      std::int32_t* out);
 
 template <class Simd, int Bits, int Quads>
@@ -57,11 +57,6 @@ Dot dot_for(int bits, int quads, int rows) {
   if (bits == 4) return dot_for_quads<Simd, 4>(quads, rows);
   if (bits == 3) return dot_for_quads<Simd, 3>(quads, rows);
   return dot_for_quads<Simd, 2>(quads, rows);
-}
-
-// 2^bits levels repeated over 64 bytes, so that a lookup may ignore the high bits of its index.
-inline void fill_table(const std::int8_t* levels, int bits, int bias, std::uint8_t* table) {
-  for (int i = 0; i < 64; ++i) table[i] = static_cast<std::uint8_t>(levels[i & ((1 << bits) - 1)] + bias);
 }
 
 template <class Simd>
@@ -128,10 +123,10 @@ struct SideReader {
       : bits(side.trellis == nullptr ? side.bits : keys ? Trellis::key_bits(*side.trellis) : Trellis::value_bits(*side.trellis)),
         high_bits(bits == kLowHalfBits ? kHighHalfBits : bits) {
     if (side.trellis == nullptr) {
-      fill_table(side.levels, side.bits, bias, table);
+      Simd::fill_tables(side.levels, side.bits, bias, tables);
     } else {
       trellis.emplace(*side.trellis, dim, bias);
-      fill_table(side.trellis->levels, trellis_index_bits(*side.trellis), bias, table);
+      Simd::fill_tables(side.trellis->levels, trellis_index_bits(*side.trellis), bias, tables);
     }
   }
 
@@ -155,7 +150,7 @@ struct SideReader {
 
   const int bits, high_bits;
   std::optional<TrellisReader<Simd>> trellis;
-  alignas(64) std::uint8_t table[64];
+  alignas(64) std::uint8_t tables[64 * Simd::kTables];
   alignas(64) std::uint8_t levels[kPageTokens * kMaxDim];
 };
 
@@ -176,31 +171,36 @@ struct PagesKernel {
     const std::size_t group = Layout::group_bytes(quads, width_of(key.bits));
     float bias[kMeans][kTileRows];
     mean_scores<Simd>(task, layout, rows[which], head, tile, bias);
-    for (int g = 0; g < kTokenGroups; ++g) {
-      ask(next_values, layout.value_bytes / kTokenGroups, g);
-      dot({{keys[which] + g * group}, 1}, tile.operand, tile.sum, key.table, ints);
-      for (int l = 0; l < kLanes; l += Simd::kWidth) {
-        const auto scale = Simd::load(key_scales[which] + g * kLanes + l);
-        for (int r = 0; r < tile.rows; ++r)
-          Simd::store(block.scores[r] + offset + g * kLanes + l,
-                      Simd::fma(Simd::load_int32(ints + r * kLanes + l), Simd::mul(scale, Simd::set(tile.scale[r])),
-                                Simd::set(bias[g * kLanes / kMeanTokens][r])));
-      }
+    const int groups = Simd::groups(tile.rows);
+    for (int g0 = 0; g0 < kTokenGroups; g0 += groups) {
+      ask(next_values, groups * layout.value_bytes / kTokenGroups, g0 / groups);
+      dot({{keys[which] + g0 * group}, {ahead[which]}, 1}, tile.operand, tile.sum, key.tables, ints[0]);
+      for (int i = 0; i < groups; ++i)
+        for (int l = 0; l < kLanes; l += Simd::kWidth) {
+          const int token = (g0 + i) * kLanes + l;
+          const auto scale = Simd::load(key_scales[which] + token);
+          for (int r = 0; r < tile.rows; ++r)
+            Simd::store(block.scores[r] + offset + token,
+                        Simd::fma(Simd::load_int32(ints[i] + r * kLanes + l), Simd::mul(scale, Simd::set(tile.scale[r])),
+                                  Simd::set(bias[token / kMeanTokens][r])));
+        }
     }
   }
 
   void gather(int pages, TileState& state, int count) {
     const Dot dots[2] = {dot_for<Simd>(value.bits, kTokenQuads, count), dot_for<Simd>(value.high_bits, kTokenQuads, count)};
-    for (int g = 0; g < task.format->head_dim / kLanes; ++g) {
-      ask(next_keys, layout.key_bytes / (layout.dim / kLanes), g);
-      Parts parts = {{}, pages};
-      for (int p = 0; p < pages; ++p) parts.codes[p] = values[p] + value.value_group(g);
-      dots[g % 2](parts, sink.operand, block.sum, value.table, ints);
-      for (int r = 0; r < count; ++r)
-        for (int l = 0; l < kLanes; l += Simd::kWidth) {
-          float* out = state.output[r] + g * kLanes + l;
-          Simd::store(out, Simd::fma(Simd::load_int32(ints + r * kLanes + l), Simd::set(block.scale[r]), Simd::load(out)));
-        }
+    const int groups = Simd::groups(count);
+    for (int g0 = 0; g0 < task.format->head_dim / kLanes; g0 += groups) {
+      ask(next_keys, groups * layout.key_bytes / (layout.dim / kLanes), g0 / groups);
+      Parts parts = {{}, {ahead[0], ahead[1]}, pages};
+      for (int p = 0; p < pages; ++p) parts.codes[p] = values[p] + value.value_group(g0);
+      dots[g0 % 2](parts, sink.operand, block.sum, value.tables, ints[0]);
+      for (int i = 0; i < groups; ++i)
+        for (int r = 0; r < count; ++r)
+          for (int l = 0; l < kLanes; l += Simd::kWidth) {
+            float* out = state.output[r] + (g0 + i) * kLanes + l;
+            Simd::store(out, Simd::fma(Simd::load_int32(ints[i] + r * kLanes + l), Simd::set(block.scale[r]), Simd::load(out)));
+          }
     }
   }
 
@@ -211,14 +211,31 @@ struct PagesKernel {
     for (std::size_t i = 0; i < bytes; i += 64) Simd::prefetch_early(codes + part * bytes + i);
   }
 
-  // Where the codes are that are unpacked after the keys of this head, and after its values.
-  void find_next(std::int64_t index, int h) {
+  // What is read after head h of the pages from `index` on, and where codes are that are unpacked after the keys of this head and after
+  // its values.
+  void find_next(std::int64_t index, int pages, int h) {
+    const bool last_head = h + 1 == task.head_count;
+    for (int p = 0; p < pages; ++p) {
+      const bool another = last_head && index + block_pages + p < task.count;
+      const std::int64_t later = another ? index + block_pages + p : index + p;
+      const int head = task.first_head + (last_head ? 0 : h + 1);
+      ahead[p] = page(later) + layout.means(head) - (rows[p] + layout.means(task.first_head + h));
+      if (task.tile_count == 1) ask_for_scales(page(later), head);
+    }
     next_keys = next_values = nullptr;
     if (task.tile_count > 1) return;
     if (value.trellis) next_values = page(index) + layout.value_codes(task.first_head + h);
     const bool same_page = h + 1 < task.head_count;
     if (!key.trellis || (!same_page && index + 1 == task.count)) return;
     next_keys = page(same_page ? index : index + 1) + layout.key_codes(task.first_head + (same_page ? h + 1 : 0));
+  }
+
+  // All of a head that is neither codes nor unit: the first bytes of every phase.
+  void ask_for_scales(const std::uint8_t* row, int head) const {
+    const std::uint8_t* means = row + layout.means(head);
+    for (std::size_t i = 0; i < layout.key_codes(head) - layout.means(head); i += 64) Simd::prefetch_early(means + i);
+    for (std::size_t i = 0; i < layout.value_scale_bytes; i += 64) Simd::prefetch_early(row + layout.value_scales(head) + i);
+    Simd::prefetch_early(row + layout.mean_scales(head));
   }
 
   void open_keys(int which, std::int64_t index, int head) {
@@ -252,7 +269,7 @@ struct PagesKernel {
         for (int p = 0; p < pages; ++p) open_keys(p, first + p, head);
         if (task.tile_count > 1)
           for (int p = 0; p < pages; ++p) open_values(p, head);
-        find_next(first, h);
+        find_next(first, pages, h);
         for (int i = h * task.tile_count; i < (h + 1) * task.tile_count; ++i) attend_tile(first, pages, head, task.tiles[i], task.states[i]);
       }
     }
@@ -263,9 +280,10 @@ struct PagesKernel {
   SideReader<Simd> key, value;
   const int block_pages;
   const std::uint8_t *next_keys = nullptr, *next_values = nullptr;
+  std::ptrdiff_t ahead[kBlockPages] = {};
   const std::uint8_t *rows[kBlockPages], *keys[kBlockPages], *values[kBlockPages];
   alignas(64) float key_scales[kBlockPages][kPageTokens];
-  alignas(64) std::int32_t ints[kTileRows * kLanes];
+  alignas(64) std::int32_t ints[kDotGroups][kTileRows * kLanes];
   ScoreBlock block;
   LineSink<Simd> sink;
 };

@@ -16,6 +16,16 @@
 namespace kvfold {
 namespace {
 
+// What levels with this walk have in common: dot() takes one group of lanes, and one table.
+struct OneGroup {
+  static constexpr int groups(int) { return 1; }
+  static constexpr int kTables = 1;
+  // 2^bits levels repeated over 64 bytes, so that a lookup may ignore the high bits of its index.
+  static void fill_tables(const std::int8_t* levels, int bits, int bias, std::uint8_t* table) {
+    for (int i = 0; i < 64; ++i) table[i] = static_cast<std::uint8_t>(levels[i & ((1 << bits) - 1)] + bias);
+  }
+};
+
 template <class Simd, int Bits, int Quads, class Visit>
 KVF_INLINE void walk(const std::uint8_t* src, int part, const Visit& visit) {
   const auto ahead = [src, part](int line) KVF_INLINE_LAMBDA {

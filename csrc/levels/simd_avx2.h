@@ -51,7 +51,7 @@ struct Avx2Dot {
 };
 
 template <class Dot>
-struct SimdAvx2 {
+struct SimdAvx2 : OneGroup {
   static constexpr int kWidth = 8;
   static constexpr int kBytes = 32;
   static constexpr int kBias = 64;
@@ -242,7 +242,7 @@ struct SimdAvx2 {
         walk<SimdAvx2, Bits, Quads>(parts.codes[part], half, [&](int quad, Codes codes) {
           _mm256_store_si256(reinterpret_cast<__m256i*>(unpacked[part] + 64 * quad + 32 * half), lookup(codes, levels));
         });
-    dot<kLevelBits, Quads, Rows>({{unpacked[0], unpacked[1]}, parts.count}, operand, sum, table, out);
+    dot<kLevelBits, Quads, Rows>({{unpacked[0], unpacked[1]}, {}, parts.count}, operand, sum, table, out);
   }
 
   template <int Bits, int Quads, int Rows, int Half>

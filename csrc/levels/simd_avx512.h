@@ -11,17 +11,16 @@
 #include <cstring>
 
 #include "level.h"
-#include "planes.h"
+#include "planes_avx512.h"
 #include "unroll.h"
 
 namespace kvfold {
 namespace {
 
-struct SimdAvx512 {
+struct SimdAvx512 : PlacedTables {
   static constexpr int kWidth = 16;
   static constexpr int kBytes = 64;
   static constexpr int kBias = 64;
-  static constexpr bool kMergesPairs = false;
   using Float = __m512;
   using Int = __m512i;
   using Codes = __m512i;
@@ -187,19 +186,6 @@ struct SimdAvx512 {
     _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, _MM_HINT_T0);
   }
   static Codes load_codes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
-  template <int Shift>
-  static Codes shift(Codes a) {
-    if constexpr (Shift == 0) return a;
-    return _mm512_srli_epi16(a, Shift);
-  }
-  template <int LowShift, int HighBit>
-  static Codes merge(Codes low, Codes high) {
-    if constexpr (HighBit > 2) high = _mm512_srli_epi16(high, HighBit - 2);
-    if constexpr (HighBit < 2) high = _mm512_slli_epi16(high, 2 - HighBit);
-    constexpr int kSelect = 0xCA;  // first ? second : third
-    return _mm512_ternarylogic_epi64(_mm512_set1_epi8(3), shift<LowShift>(low), high, kSelect);
-  }
-  // vpermb ignores the two highest bits of an index and the table repeats below them: no masking.
   static Codes lookup(Codes index, Codes table) { return _mm512_permutexvar_epi8(index, table); }
 
   // 256 * high + low of four integers -> [high x4][low x4].
@@ -218,27 +204,40 @@ struct SimdAvx512 {
   alignas(64) static constexpr std::uint8_t kQuads[64] = {1,  5,  9,  13, 0,  4,  8,  12, 17, 21, 25, 29, 16, 20, 24, 28,
                                                           33, 37, 41, 45, 32, 36, 40, 44, 49, 53, 57, 61, 48, 52, 56, 60};
 
+  // With few rows two groups go side by side: a processor that starts two products a cycle and ends one in five keeps ten sums busy, and
+  // the rows' numbers are fetched once for both.
+  static constexpr int groups(int rows) { return rows <= 4 ? 2 : 1; }
+
   template <int Bits, int Quads, int Rows>
-  static void dot(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* table,
+  static void dot(const Parts& parts, const std::uint8_t* operand, const std::int32_t* sum, const std::uint8_t* tables,
                   std::int32_t* out) {
-    const Codes levels = _mm512_load_si512(table);
+    constexpr int kGroups = groups(Rows);
     // Indices known when compiling: compilers keep arrays that an assembly statement sees in memory otherwise.
-    Int high[Rows], low[Rows];
-    unroll<Rows>([&](auto r) KVF_INLINE_LAMBDA {
-      high[r] = _mm512_setzero_si512();
-      low[r] = _mm512_set1_epi32(-kBias * sum[r]);
+    Int high[kGroups * Rows], low[kGroups * Rows];
+    unroll<kGroups * Rows>([&](auto i) KVF_INLINE_LAMBDA {
+      high[i] = _mm512_setzero_si512();
+      low[i] = _mm512_set1_epi32(-kBias * sum[i % Rows]);
     });
-    for (int part = 0; part < parts.count; ++part, operand += 8 * Quads)
-      walk<SimdAvx512, Bits, Quads>(parts.codes[part], 0, [&](int quad, Codes codes) KVF_INLINE_LAMBDA {
-        const Codes level = Bits == kLevelBits ? codes : lookup(codes, levels);
+    for (int part = 0; part < parts.count; ++part, operand += 8 * Quads) {
+      const std::ptrdiff_t ahead = parts.ahead[part];
+      const auto ask = [ahead](const std::uint8_t* line) KVF_INLINE_LAMBDA {
+        prefetch_early(line + ahead);
+        prefetch_codes(line);
+      };
+      walk_groups<Bits, Quads, kGroups>(parts.codes[part], ask, [&](int quad, const auto& codes, auto table) KVF_INLINE_LAMBDA {
+        const Int levels = _mm512_load_si512(tables + 64 * table);
+        const auto level = Lines<kGroups>::each([&](auto g) KVF_INLINE_LAMBDA {
+          return Bits == kLevelBits ? codes.of[g] : lookup(codes.of[g], levels);
+        });
         const std::uint8_t* x = operand + 8 * quad;
         unroll<Rows>([&](auto r) KVF_INLINE_LAMBDA {
-          high[r] = multiply(high[r], level, x + r * kOperandRow);
-          low[r] = multiply(low[r], level, x + r * kOperandRow + 4);
+          multiply<kGroups, Rows>(high + r, level, x + r * kOperandRow);
+          multiply<kGroups, Rows>(low + r, level, x + r * kOperandRow + 4);
         });
       });
-    unroll<Rows>([&](auto r) KVF_INLINE_LAMBDA {
-      _mm512_store_si512(out + r * kLanes, _mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]));
+    }
+    unroll<kGroups * Rows>([&](auto i) KVF_INLINE_LAMBDA {
+      _mm512_store_si512(out + (i / Rows * kTileRows + i % Rows) * kLanes, _mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]));
     });
   }
 
@@ -249,11 +248,19 @@ struct SimdAvx512 {
     return _mm512_castpd_ps(High == 0 ? _mm512_unpacklo_pd(x, y) : _mm512_unpackhi_pd(x, y));
   }
   static __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-  // sum += levels x the four signed bytes at p. As one instruction, which compilers make two of: half as many in flight reach further.
-  static KVF_INLINE Int multiply(Int sum, Codes level, const std::uint8_t* p) {
+  // sums[g * Rows] += levels of group g x the four signed bytes at p. Of one group as one instruction, which compilers make two of: half as
+  // many in flight reach further.
+  template <int Groups, int Rows>
+  static KVF_INLINE void multiply(Int* sums, const Lines<Groups>& level, const std::uint8_t* p) {
     struct Bytes { std::uint8_t x[4]; };
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(level), "m"(*reinterpret_cast<const Bytes*>(p)));
-    return sum;
+    if constexpr (Groups == 1) {
+      __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[0]) : "v"(level.of[0]), "m"(*reinterpret_cast<const Bytes*>(p)));
+    } else {
+      std::int32_t word;
+      std::memcpy(&word, p, sizeof word);
+      const Int x = _mm512_set1_epi32(word);
+      unroll<Groups>([&](auto g) KVF_INLINE_LAMBDA { sums[g * Rows] = _mm512_dpbusd_epi32(sums[g * Rows], level.of[g], x); });
+    }
   }
 };
 

@@ -17,7 +17,7 @@
 namespace kvfold {
 namespace {
 
-struct SimdNeon {
+struct SimdNeon : OneGroup {
   static constexpr int kWidth = 4;
   static constexpr int kBytes = 16;
   static constexpr int kBias = 0;

@@ -14,7 +14,7 @@
 namespace kvfold {
 namespace {
 
-struct SimdScalar {
+struct SimdScalar : OneGroup {
   static constexpr int kWidth = 4;
   static constexpr int kBytes = 16;
   static constexpr int kBias = 0;  // added to levels by the lookup table
