@@ -220,7 +220,7 @@ def time_first_chunk(e: CudaEngine, tokens: int, heads: int, backend: SDPBackend
     k, v = torch.randn(2, 1, h, tokens, d, device=device, dtype=torch.bfloat16)
     out = torch.empty(tokens // 128, e.page_bytes, dtype=torch.uint8, device=device)
     addresses = torch.arange(len(out), device=device) * e.page_bytes + out.data_ptr()
-    pages = [x[0].unflatten(1, (-1, 128)).transpose(0, 1) for x in (k, v)]
+    kp, vp = (x[0].unflatten(1, (-1, 128)).transpose(0, 1) for x in (k, v))
 
     def attend() -> None:
         with sdpa_kernel([backend]):
@@ -228,6 +228,6 @@ def time_first_chunk(e: CudaEngine, tokens: int, heads: int, backend: SDPBackend
 
     def attend_and_fold() -> None:
         attend()
-        e.fold_to(*pages, True, addresses)
+        e.fold_to(kp, vp, True, addresses)
 
     return time_launches(attend_and_fold), time_launches(attend)
