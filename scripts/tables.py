@@ -101,6 +101,8 @@ def eval_table() -> str:
         profile = "plain" if "--no-centre" in r["command"] else option(r, "profile", "balanced")
         if skip := option(r, "skip", ""):
             profile += f", {skip} windows on"
+        if r["command"].endswith(" --graded"):
+            profile += ", graded"
         if states := option(r, "states", ""):
             profile += f", states {states}"
         kld, change = float(r["kld_mean"]), 100 * float(r["perplexity_change"])
@@ -125,6 +127,22 @@ def tune_table() -> str:
         body.append([model, level, bits, *kld, top])
     head = ["model", "level", "bits plain / tuned", "KLD plain", "tuned", "values alone"]
     return markdown([*head, "same top token, %, plain / tuned"], body)
+
+
+def graded_table() -> str:
+    """A row per model and level: as it is, and graded."""
+    runs = {r["command"]: r for r in read("eval")}
+    body = []
+    for command, r in runs.items():
+        if not command.endswith(" --graded"):
+            continue
+        pair = (runs[command.removesuffix(" --graded")], r)
+        bits = " / ".join(f"{float(x['bits_per_value']):.3f}" for x in pair)
+        kld = [f"{float(x['kld_mean']):.5f} ± {float(x['kld_se']):.5f}" for x in pair]
+        top = " / ".join(f"{100 * float(x['top1_agreement']):.1f}" for x in pair)
+        body.append([model_name(r), option(r, "profile", "balanced"), bits, *kld, top])
+    head = ["model", "level", "bits as it is / graded", "KLD as it is", "graded"]
+    return markdown([*head, "same top token, %, as it is / graded"], body)
 
 
 def needle_cells() -> dict[tuple[int, str, str, str], list[Row]]:
@@ -161,7 +179,7 @@ def needle_loss_table() -> str:
     """A row per model and profile: every answer up to LONGEST_GRID tokens, and the loss with its standard error."""
     grid: dict[tuple[str, str], list[Row]] = {}
     for (context, model, _, profile), rows in needle_cells().items():
-        if context <= LONGEST_GRID and (profile in NEEDLE_PROFILES or profile.startswith("tuned-")):
+        if context <= LONGEST_GRID and (profile in NEEDLE_PROFILES or profile.startswith(("tuned-", "graded-"))):
             grid.setdefault((model, profile.removesuffix(".toml")), []).extend(rows)
     body = []
     for (model, profile), rows in sorted(grid.items()):
@@ -315,6 +333,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trellis": trellis_table,
     "legs": legs_table,
     "tune": tune_table,
+    "graded": graded_table,
     "needle": partial(needle_table, False),
     "needle_loss": needle_loss_table,
     "needle_kinds": partial(needle_table, True),

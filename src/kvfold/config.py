@@ -27,6 +27,10 @@ CODEC_BITS: dict[str, tuple[float, ...]] = {
     "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
 }
 STATES = ("exact", "int8")
+# Graded caches: half bits that the first layers have less than the others. The last layer has all of them (measured: LOG.md).
+GRADED_KEYS = (-1,)
+GRADED_VALUES = (-1, -1)
+GRADED_TOP = 3.5  # bits that every engine has kernels for
 # What profile files may hold in each field.
 KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
 SCALED_CODECS = ("mse", "uniform", "split", "trellis")
@@ -104,7 +108,9 @@ class CacheSpec:
 
     window: newest tokens a query reads exactly. sinks: first tokens read exactly. centre: subtract each page's mean
     key before folding and add q . mean back to its scores, which is exact. seed: of signs, rotations and sketches. states: how
-    recurrent states of hybrid models are kept between calls: as they are, or in 8 bits a number.
+    recurrent states of hybrid models are kept between calls: as they are, or in 8 bits a number. graded: the last layer's
+    keys and values get more bits than those between, the first layers' fewer, as many in all; trellis codes only. Layers
+    of latents and of sliding windows are not graded.
     """
 
     key: SideSpec = field(default_factory=lambda: SideSpec(scale="unbiased"))
@@ -114,9 +120,14 @@ class CacheSpec:
     centre: bool = True
     seed: int = 1
     states: str = "exact"
+    graded: bool = False
 
     def __post_init__(self) -> None:
         _check_kinds(self)
+        if self.graded and not self.key.codec == self.value.codec == "trellis":
+            raise InvalidConfig(
+                "only trellis codes are graded", "Leave graded out, or use codec 'trellis' on both sides"
+            )
         if self.states not in STATES:
             raise InvalidConfig(f"unknown states {self.states!r}", f"Use one of: {', '.join(STATES)}")
         if self.window < 0:
@@ -151,11 +162,19 @@ class CacheSpec:
 
     def for_latents(self) -> CacheSpec:
         """For layers of latent attention: latents folded as keys are, their rotary parts kept as they are."""
-        return replace(self, value=SideSpec(codec="raw", bits=16))
+        return replace(self, value=SideSpec(codec="raw", bits=16), graded=False)
 
     def for_windows(self) -> CacheSpec:
         """For sliding and chunked layers, which pass their first tokens: none of them are kept as sinks."""
-        return replace(self, sinks=0)
+        return replace(self, sinks=0, graded=False)
+
+    def for_layer(self, place: int, layers: int) -> CacheSpec:
+        """For layer number `place` of `layers` that fold: with bits of its own if the cache is graded."""
+        if not self.graded:
+            return self
+        sides = ((self.key, GRADED_KEYS), (self.value, GRADED_VALUES))
+        key, value = (_graded(side, steps, place, layers) for side, steps in sides)
+        return replace(self, key=key, value=value, graded=False)
 
     def ring_tokens(self) -> int:
         """Slots of the exact ring. Window, a page being filled, and the exact copy of every page that a trim inside
@@ -166,6 +185,15 @@ class CacheSpec:
     def folded_tokens(self, length: int) -> int:
         """Tokens that live in pages when a sequence is `length` tokens long: full pages outside the window."""
         return max(0, length - self.window) // PAGE_TOKENS * PAGE_TOKENS
+
+
+def _graded(side: SideSpec, first: tuple[int, ...], place: int, layers: int) -> SideSpec:
+    """The side in one layer. Too few layers share out what there are of steps; a side without room for it stays as it is."""
+    first = first[: layers - 1]
+    last = -sum(first)
+    steps = first[place] if place < len(first) else last if place == layers - 1 else 0
+    room = side.bits + min(first, default=0) / 2 >= 1 and side.bits + last / 2 <= GRADED_TOP
+    return replace(side, bits=side.bits + steps / 2) if room else side
 
 
 def _changed_side(spec: SideSpec, changes: dict[str, object]) -> SideSpec:

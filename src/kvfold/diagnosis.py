@@ -59,6 +59,7 @@ def layers_of(config: Any, profile: str = "balanced", device: str = "") -> list[
 
     kind: the planner's. holds: the cache's. folds, and if not, why_not. engine: which one runs it; passed_over: what the
     faster ones lack. A config that is refused has no layer that folds, and the refusal as the reason.
+    Raises ModelError for sizes that cannot be.
     """
     import torch
 
@@ -68,17 +69,19 @@ def layers_of(config: Any, profile: str = "balanced", device: str = "") -> list[
     from kvfold.loading import complete
     from kvfold.planner.architecture import read
 
-    spec, refusal, held = load(profile).spec, "", []
+    spec, refusal, unknown, held = load(profile).spec, "", "", []
+    try:
+        model = read(complete(config))
+    except UnsupportedModel as error:
+        unknown = str(error)
     try:
         check_family(config)
         held = FoldedCache(config, profile).layers
     except Unsupported as error:
         refusal = str(error)
-    try:
-        model = read(complete(config))
-    except UnsupportedModel as error:
+    if unknown:
         # The planner does not know these layers; a refusal, if there is one, says more.
-        row = {"layer": 0, "kind": "unknown", "holds": "", "folds": False, "why_not": refusal or str(error)}
+        row = {"layer": 0, "kind": "unknown", "holds": "", "folds": False, "why_not": refusal or unknown}
         return [{**row, "engine": "", "passed_over": ""}]
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     windows = not refusal and windows_fold(model, spec, model.dtype_bytes, "auto", where)

@@ -27,7 +27,7 @@ from kvfold.errors import (
     UnsupportedModel,
 )
 from kvfold.planner import gguf
-from kvfold.planner.architecture import read
+from kvfold.planner.architecture import check_sizes, read
 from kvfold.planner.model import Model
 from kvfold.planner.weights import Weights, of_folder, of_gguf
 
@@ -153,6 +153,7 @@ def _config_of(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not JSON ({error})", "Give the config.json of a model") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str | None):
         raise ModelError(f"{path} describes no model", "Give the config.json of a model")
+    check_sizes(content)
     return content
 
 
@@ -166,7 +167,9 @@ def _known(content: dict[str, Any], source: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[content["model_type"]].from_dict(content)
+        config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+        config.get_text_config(decoder=True).to_dict()
+        return config
     except raised() as error:
         raise UnsupportedModel(
             f"transformers does not take the config of {source}: {first_line(error)}",
@@ -277,12 +280,15 @@ def _load(source: str, options: Options, weights: bool) -> Loaded:
         _check(options, torch)
     where, extra = _resolve(source)
     common: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code, **extra}
-    local = Path(where).is_dir()
+    if (local := Path(where).is_dir()) and "gguf_file" not in extra:
+        _config_of(Path(where) / "config.json")  # sizes that cannot be would take all memory before anything complains
 
     def attempt(local_only: bool) -> Loaded:
         found = {**common, "local_files_only": local_only}
         if not weights:
-            return Loaded(AutoConfig.from_pretrained(where, **found), None, source)
+            config = AutoConfig.from_pretrained(where, **found)
+            config.get_text_config(decoder=True).to_dict()  # which may be no config
+            return Loaded(config, None, source)
         quantized = getattr(AutoConfig.from_pretrained(where, **found), "quantization_config", None) is not None
         own = replace(options, dtype="auto") if quantized else options  # codes decode to the dtype they were made from
         return _with_weights(where, found, own, source, AutoModelForCausalLM, AutoTokenizer, torch)

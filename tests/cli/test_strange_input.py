@@ -101,6 +101,37 @@ def test_configs_that_transformers_refuses(capsys, folder, keys):
         fails(capsys, verb[0], str(folder), *verb[1:])
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000"),
+        ({"num_attention_heads": -2}, "num_attention_heads is -2"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"num_key_value_heads": 10**9}, "num_key_value_heads is 1,000,000,000"),
+        ({"head_dim": -1}, "head_dim is -1"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 heads share 3"),
+        ({"torch_dtype": 7, "dtype": 7}, "dtype"),
+        ({"text_config": {}}, "to_dict"),
+    ],
+)
+def test_sizes_that_cannot_be(capsys, folder, keys, words):
+    """Said before anything is built from them."""
+    change(folder, **keys)
+    for source in (folder, folder / "config.json"):
+        for verb in ("plan", "doctor"):
+            assert words in fails(capsys, verb, str(source))["message"]
+
+
+@pytest.mark.parametrize("window", [-1, 0])
+def test_windows_that_cannot_be(capsys, tmp_path, window):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**TINY, "model_type": "gemma3_text", "sliding_window": window}))
+    for verb in ("plan", "doctor"):
+        assert "window" in fails(capsys, verb, str(path))["message"]
+
+
 @pytest.mark.parametrize("text", ["[1]", '"text"', "{", "", '{"model_type": ["llama"]}', '{"model_type": "bert"}'])
 def test_files_that_describe_no_decoder(capsys, tmp_path, text):
     path = tmp_path / "config.json"

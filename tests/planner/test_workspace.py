@@ -60,6 +60,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_mamba_kernels": False,
         },
     ),
+    "sinks that are masked in place": ("mimo_v2_flash", {"sliding_window": 64, "head_dim": 96, "v_head_dim": 64}),
+    "exact windows with softcaps": ("gemma2", {"sliding_window": 64}),
+    "experts": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "activations in steps": ("gpt2", {"n_embd": 256, "n_head": 4, "n_layer": 2, "n_positions": 8192}),
+    "delta rule": (
+        "qwen3_next",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 32,
+            "num_experts": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "delta rule with decays": (
+        "kimi_linear",
+        {**LATENT, "layer_types": ["linear_attention", "full_attention"], "linear_num_heads": 4, "linear_head_dim": 32},
+    ),
     "mamba 2": (
         "bamba",
         {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1},
@@ -68,7 +89,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations make, while they live; `peak`: the most at one time."""
+    """Bytes of the storages that operations make, while they live; `peak`: the most at one time. What operations are given and
+    did not make, weights and the cache's own memory, counts nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,29 +98,34 @@ class Alive(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._know((args, kwargs), made=False)
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.known:
-                self.known[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.known.pop, storage._cdata)
+        self._know(out, made=True)
         self.peak = max(self.peak, sum(self.known.values()))
         return out
 
+    def _know(self, tensors: Any, made: bool) -> None:
+        for x in tree_leaves(tensors):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.known:
+                self.known[storage._cdata] = storage.nbytes() if made else 0
+                weakref.finalize(storage, self.known.pop, storage._cdata)
+
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_call_needs_what_is_planned(case: str) -> None:
+@pytest.mark.parametrize(("dtype", "rows", "tokens"), [(torch.float32, 1, TOKENS), (torch.bfloat16, 3, TOKENS // 2)])
+def test_a_call_needs_what_is_planned(case: str, dtype: torch.dtype, rows: int, tokens: int) -> None:
     kind, own = CASES[case]
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**{**SIZES, **own})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval().to(dtype)
     cache = kvfold.FoldedCache(model.config, "balanced")
-    ids = torch.randint(3, 512, (1, 3 * TOKENS))
+    ids = torch.randint(3, 512, (rows, 3 * tokens))
     with kvfold.attach(model), torch.no_grad():
-        for start in (0, TOKENS):
-            model(ids[:, start : start + TOKENS], past_key_values=cache, logits_to_keep=1)
+        for start in (0, tokens):
+            model(ids[:, start : start + tokens], past_key_values=cache, logits_to_keep=1)
         with Alive() as alive:
-            model(ids[:, 2 * TOKENS :], past_key_values=cache, logits_to_keep=1)
-    setting = Setting(load("balanced").spec, 3 * TOKENS, dtype_bytes=4, prefill_tokens=TOKENS)
+            model(ids[:, 2 * tokens :], past_key_values=cache, logits_to_keep=1)
+    setting = Setting(load("balanced").spec, 3 * tokens, dtype_bytes=dtype.itemsize, prefill_tokens=tokens, rows=rows)
     planned = plan(read(complete(config)), setting)["workspace_bytes"]
-    # Blocks of an engine and what Python holds a little longer are not planned to the byte.
-    assert abs(planned - alive.peak) < 0.2 * alive.peak + (8 << 20), (planned >> 20, alive.peak >> 20)
+    # Blocks of an engine, of which native ones are no tensors, and what Python holds a little longer: not planned to the byte.
+    assert abs(planned - alive.peak) < 0.1 * alive.peak + (8 << 20), (planned >> 20, alive.peak >> 20)

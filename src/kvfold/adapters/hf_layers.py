@@ -295,6 +295,14 @@ def _select_states(layer: LinearAttentionLayer, rows: Tensor) -> None:
                 states[i] = x[rows.to(x.device)]
 
 
+def own_windows(layer: Any) -> None:
+    """Let a window that is a view of all tokens of a long call have memory of its own, so that the rest is given back."""
+    for name in ("keys", "values"):
+        x = getattr(layer, name, None)
+        if isinstance(x, Tensor) and x.untyped_storage().nbytes() > 2 * x.nbytes:
+            setattr(layer, name, x.clone())
+
+
 # What takes the place of which of transformers' layers.
 FOLDED = {DynamicLayer: FoldedLayer, LinearAttentionAndFullAttentionLayer: FoldedHybridLayer}
 # Layers of other kinds stay as transformers has them: their memory is bounded.

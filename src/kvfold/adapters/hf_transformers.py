@@ -32,6 +32,7 @@ from kvfold.adapters.hf_layers import (
     PagedLayer,
     eager,
     last_readers,
+    own_windows,
     windows_of,
 )
 from kvfold.adapters.hf_state import tensor_bytes
@@ -91,10 +92,11 @@ class FoldedCache(Cache):
         self.guard = CallGuard(-1)
         variant = variant_of(text.to_dict(), slides=False)
         own = self.spec.for_latents() if variant.latent else self.spec
+        folding = [i for i, layer in enumerate(layers) if type(layer) in FOLDED]
         for i, layer in enumerate(layers):
             if (kind := FOLDED.get(type(layer))) is not None:
                 states = getattr(layer, "number_of_states", 0)
-                layers[i] = kind(own, i, backend, self.guard, variant, states)
+                layers[i] = kind(own.for_layer(folding.index(i), len(folding)), i, backend, self.guard, variant, states)
             elif type(layer) not in STOCK_LAYERS:
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         self.backend, self._softmax = backend, variant_of(text.to_dict(), slides=True)
@@ -162,6 +164,7 @@ class FoldedCache(Cache):
             return super().update(key_states, value_states, layer_idx, call=call)
         self.guard.stored.add(layer_idx)
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        own_windows(self.layers[layer_idx])
         self.guard.store(layer_idx)
         return out
 

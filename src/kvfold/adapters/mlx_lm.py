@@ -117,7 +117,10 @@ def make_cache(model: Any, profile: str | CacheSpec = "balanced") -> list[Any]:
     layers = make_prompt_cache(model)
     if not any(type(layer) is KVCache for layer in layers):
         raise Unsupported("no layer of this model keeps all of its context", "Use mlx-lm's own cache")
-    return [FoldedLayer(spec, i) if type(layer) is KVCache else layer for i, layer in enumerate(layers)]
+    growing = [i for i, layer in enumerate(layers) if type(layer) is KVCache]
+    for place, i in enumerate(growing):
+        layers[i] = FoldedLayer(spec.for_layer(place, len(growing)), i)
+    return layers
 
 
 @contextmanager

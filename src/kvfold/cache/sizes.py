@@ -95,7 +95,9 @@ def folds_smaller(
     """Whether a layer with a reach takes less folded, in memory of the CPU, than as the exact tokens that it reads, at any length
     from where it is full; spec: the layer's own; dims: of keys and of values."""
     full = range(2 * reach.tokens, 3 * reach.tokens + PAGE_TOKENS, PAGE_TOKENS // 2)
-    most = max(window_bytes(spec, reach, n, page_bytes, on_cpu=True) for n in full)
+    # The most is held where a window or chunk has begun but the exact part has not, or where a chunk ends.
+    begin, end = spec.ring_tokens() * 2 // PAGE_TOKENS + 4, 4
+    most = max(window_bytes(spec, reach, n, page_bytes, on_cpu=True) for n in {*full[:begin], *full[-end:]})
     frozen = sum(state_bytes(side, kv_heads, dim) for side, dim in zip((spec.key, spec.value), dims, strict=True))
     exact = kv_heads * sum(dims) * dtype_bytes
     return most + frozen + spec.ring_tokens() * exact < reach.tokens * exact

@@ -79,6 +79,10 @@ def eval_(
     scale: Annotated[str | None, typer.Option(help="norm, unbiased, least-squares or match, for both sides.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the rotations.")] = None,
     states: Annotated[str | None, typer.Option(help="Recurrent states of hybrids: exact, or int8.")] = None,
+    graded: Annotated[
+        bool | None,
+        typer.Option("--graded/--no-graded", help="More bits for the last layer, fewer for the first ones."),
+    ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -120,6 +124,7 @@ def eval_(
         scale=scale,
         seed=seed,
         states=states,
+        graded=graded,
     )
     limits = stated(load_profile(profile)) if gate else None
     asked = named(legs.split(",")) if legs else []

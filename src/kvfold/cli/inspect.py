@@ -33,6 +33,7 @@ def profiles(
                 "window": s.window,
                 "sinks": s.sinks,
                 "centre": s.centre,
+                "graded": s.graded,
                 "purpose": p.purpose,
             }
         )

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from kvfold.engine.variant import Reach, Variant
-from kvfold.errors import UnsupportedModel
-from kvfold.planner.model import Attention, Layer, Model
+from kvfold.errors import ModelError, UnsupportedModel
+from kvfold.planner.mlp import EXPERT_WIDTHS, MLP_WIDTHS, mlp_values
+from kvfold.planner.model import Attention, Layer, Model, Scores
 from kvfold.planner.states import conv_state, linear_values, running_state
 
 Config = Mapping[str, Any]
@@ -18,7 +19,18 @@ CONTEXTS = (
     *("max_position_embeddings", "model_max_length", "n_positions", "max_sequence_length", "seq_length"),
     "max_target_positions",  # of Whisper
 )
-MLP_WIDTHS = ("intermediate_size", "block_ff_dim", "ffn_hidden_size", "ffn_dim", "n_inner")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+# The least and the most of what a config may say: beyond it lies no model, but a slip that would take all memory or all day.
+SIZES = {
+    **dict.fromkeys(LAYERS, (1, 10_000)),
+    **dict.fromkeys((*HEADS, "num_key_value_heads", "num_kv_heads", "head_dim", "v_head_dim"), (1, 1 << 14)),
+    **dict.fromkeys((*WIDTHS, "linear_num_key_heads", "linear_num_value_heads"), (1, 1 << 20)),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"), (1, 1 << 20)),
+    **dict.fromkeys((*MLP_WIDTHS, *EXPERT_WIDTHS, "kv_lora_rank", "qk_rope_head_dim"), (0, 1 << 24)),
+    "vocab_size": (0, 1 << 28),
+}
 DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "float64": 8}
 # Names of layer types in configs to the planner's kinds.
 KINDS = {
@@ -67,16 +79,19 @@ SINK_LOGITS = {
     **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa"), ("full", "sliding")),
     "mimo_v2_flash": ("sliding",),
 }
+# How many copies of their scores these hold: a matter of their code.
+SCORES = {"gpt_oss": Scores(3), "mimo_v2_flash": Scores(2), "flint": Scores(3, wide=True)}
 
 
 def read(config: Config) -> Model:
-    """The Model of a config.json's content. Raises UnsupportedModel where it does not describe a decoder that is known."""
+    """The Model of a config.json's content.
+
+    Raises UnsupportedModel where it describes no decoder that is known, and ModelError for sizes that cannot be.
+    """
+    check_sizes(config)
     text = text_of(config)
     name = str(text.get("model_type") or config.get("model_type") or "unknown")
-    heads = number(
-        text, "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads"
-    )
-    hidden = number(text, "hidden_size", "n_embd", "d_model", "dim")
+    heads, hidden = number(text, *HEADS), number(text, *WIDTHS)
     kinds = _kinds(text, name)
     shared = int(text.get("num_kv_shared_layers") or 0)
     layers = [_layer(text, kind, i, heads, hidden) for i, kind in enumerate(kinds)]
@@ -93,10 +108,11 @@ def read(config: Config) -> Model:
         dtype_bytes=DTYPE_BYTES.get(dtype.removeprefix("torch."), 2),
         hidden=hidden,
         query_heads=heads,
-        mlp_width=_mlp_width(text, hidden),
+        mlp_values=mlp_values(text, hidden),
         linear_values=linear_values(text, hidden) if "linear" in kinds or "hybrid" in kinds else 0,
         vocabulary=int(text.get("vocab_size") or config.get("vocab_size") or 0),
-        max_context=next((int(text[k]) for k in CONTEXTS if text.get(k)), None),
+        max_context=next((n for k in CONTEXTS if (n := int(text.get(k) or 0)) > 0), None),
+        scores=SCORES.get(name, Scores()),
     )
 
 
@@ -106,6 +122,24 @@ def text_of(config: Config) -> Config:
         if isinstance(inner := config.get(name), Mapping):
             return text_of(inner)
     return config
+
+
+def check_sizes(config: Config) -> None:
+    """Raise ModelError for sizes that no decoder has, such as a negative number of layers."""
+    text = text_of(config)
+    for name, (least, most) in SIZES.items():
+        x = text.get(name)
+        if isinstance(x, int | float) and not isinstance(x, bool) and not least <= x <= most:
+            raise _broken(f"{name} is {x:,}, where {least} to {most:,} can be")
+    heads, kv = (text.get(k) for k in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(kv, int) and heads % kv:
+        raise _broken(f"{heads} heads share {kv} of keys and values, which is no whole number each")
+    if isinstance(text.get("torch_dtype", text.get("dtype")), int | float | list | Mapping):
+        raise _broken("its dtype is no name")
+
+
+def _broken(what: str) -> ModelError:
+    return ModelError(f"this config says {what}", "Compare it with the config.json that was published with the model")
 
 
 def number(config: Config, *names: str) -> int:
@@ -123,11 +157,7 @@ def _kinds(text: Config, name: str) -> list[str]:
     types = text.get("layer_types") or text.get("layers_block_type")
     if types is None and (pattern := text.get("hybrid_override_pattern")):
         types = [PATTERN[c] for c in pattern]
-    count = (
-        len(types)
-        if types
-        else number(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
-    )
+    count = len(types) if types else number(text, *LAYERS)
     if types is None:
         each = 1 if text.get("num_hidden_layers") else ATTENTIONS.get(name, 1)
         types = [_type_of(text, name, i) for i in range(count * each)]
@@ -187,7 +217,9 @@ def _attention(text: Config, i: int, heads: int, hidden: int, slides: bool, chun
     dim = own.get("head_dim") or text.get("head_dim") or text.get("attention_head_dim") or hidden // heads
     value = own.get("v_head_dim") or text.get("v_head_dim") or dim
     window = own.get("sliding_window") or text.get("sliding_window") or text.get("attention_chunk_size")
-    reach = Reach(int(window), chunked) if slides and window else None
+    if slides and (window is None or int(window) < 1):
+        raise _broken(f"layer {i} slides, and its window is {window}")
+    reach = Reach(int(window or 0), chunked) if slides else None
     return Attention(int(kv or heads), int(dim), int(value), replace(variant_of(text, slides), reach=reach))
 
 
@@ -210,12 +242,3 @@ def _overrides(text: Config, i: int, slides: bool) -> dict[str, Any]:
     if slides and text.get("model_type") == "mimo_v2_flash":
         own = {"num_key_value_heads": 2 * text["num_key_value_heads"], **own}
     return {**own, **{k: text[v] for k, v in names.items() if text.get(v)}}
-
-
-def _mlp_width(text: Config, hidden: int) -> int:
-    """The widest intermediate tensor per token: the dense MLP, or the experts one token runs through."""
-    dense = next((text[k] for k in MLP_WIDTHS if text.get(k)), 4 * hidden)
-    each = text.get("moe_intermediate_size") or 0
-    together = text.get("num_experts_per_tok") or text.get("num_experts_per_token") or 0
-    widest = [x if isinstance(x, int) else max(x) for x in (dense, each)]  # some configs name a width per layer
-    return max(widest[0], widest[1] * int(together))

@@ -68,8 +68,24 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What a family's own softmax holds of all scores at once, where torch has no fused form of it: `tensors` in the model's
+    dtype, or in float32 if `wide`. None of them: scores in the model's dtype and their softmax in float32."""
+
+    tensors: int = 0
+    wide: bool = False
+
+    def bytes_each(self, dtype_bytes: int) -> int:
+        """Per score, in a model of this dtype."""
+        if not self.tensors:
+            copied = 0 if dtype_bytes == FLOAT32_BYTES else FLOAT32_BYTES
+            return dtype_bytes + copied + FLOAT32_BYTES
+        return self.tensors * (FLOAT32_BYTES if self.wide else dtype_bytes)
+
+
+@dataclass(frozen=True)
 class Model:
-    """name: its model_type. mlp_width: the widest intermediate tensor of a token, experts that run together included.
+    """name: its model_type. mlp_values: numbers of a token that the MLP, or the experts that it runs through, hold at once.
     linear_values: float32 numbers of a token that a linear-attention or state-space layer holds at once, 0 without such layers.
     """
 
@@ -78,7 +94,8 @@ class Model:
     dtype_bytes: int
     hidden: int
     query_heads: int
-    mlp_width: int
+    mlp_values: int
     linear_values: int
     vocabulary: int
     max_context: int | None = None
+    scores: Scores = Scores()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvfold.cache import sizes
@@ -90,9 +91,17 @@ def _row(model: Model, s: Setting, i: int, layer: Layer) -> dict[str, Any]:
     return row
 
 
+def _by_layer(model: Model, setting: Setting) -> Iterator[tuple[Setting, Layer]]:
+    """Layers, each with the bits of its own that a graded cache gives it."""
+    places = [i for i, x in enumerate(model.layers) if x.kind in FOLDING and x.kind != "latent"]
+    for i, layer in enumerate(model.layers):
+        spec = setting.spec.for_layer(places.index(i), len(places)) if i in places else setting.spec
+        yield replace(setting, spec=spec), layer
+
+
 def plan(model: Model, setting: Setting) -> dict[str, Any]:
     """Bytes by term, all sessions together; `layers` has a row per layer. Weights and workspace count once."""
-    rows = [_row(model, setting, i, layer) for i, layer in enumerate(model.layers)]
+    rows = [_row(model, own, i, layer) for i, (own, layer) in enumerate(_by_layer(model, setting))]
     total = {k: sum(r[k] for r in rows) for k in ("bytes", "reference_bytes", "state_bytes")}
     # Prefill reads windows by way of torch.
     runs = {r["layer"]: "torch" if r["kind"] in SLIDING else r["backend"] for r in rows if r["folds"]}

@@ -14,11 +14,15 @@ from kvfold.planner.model import FLOAT32_BYTES, State
 
 Config = Mapping[str, Any]
 
-# What is as wide as a layer's values in the chunked delta rule: inputs, their copies by chunk and by decay (measured).
-DELTA_TENSORS = 17
+CHUNK = 64  # tokens, of the delta rule
+# Gated DeltaNet, by value head: what is as wide as its keys, as its values, as a chunk (measured).
+DELTA_KEYS, DELTA_VALUES, DELTA_SCORES = 8, 8.5, 3
+# Kimi Delta Attention has a decay for each number of a key: scores of a chunk for each of them, and what is as wide as keys.
+KIMI_SCORES, KIMI_KEYS = 3, 10
 # Of Mamba 2: scores of a chunk, their decays and the product; inputs and copies of them, and outputs.
 SCAN_SCORES, SCAN_TENSORS = 3, 12
-SCAN_STATES = 3  # of Mamba 1, which has a state for every token: its decay, its input's weight, its input
+# Of Mamba 1, which has a state for every token: its decay, its input's weight, its input; and inputs, copies of them, outputs.
+SCAN_STATES, SCAN_INPUTS = 3, 9
 
 
 def _first(config: Config, *names: str, default: int = 0) -> int:
@@ -46,10 +50,11 @@ def running_state(text: Config, hidden: int) -> tuple[State, ...]:
 def linear_values(text: Config, hidden: int) -> int:
     """Float32 numbers per token of a call that a linear-attention or state-space layer holds at once, as torch computes it."""
     if "linear_num_value_heads" in text:
-        return DELTA_TENSORS * int(text["linear_num_value_heads"] * text["linear_value_head_dim"])
+        dims = DELTA_KEYS * text["linear_key_head_dim"] + DELTA_VALUES * text["linear_value_head_dim"]
+        return int(text["linear_num_value_heads"] * (dims + DELTA_SCORES * CHUNK))
     own = text.get("linear_attn_config") or {}
     if heads := _first(own, "num_heads") or _first(text, "linear_num_heads"):
-        return DELTA_TENSORS * heads * (_first(own, "head_dim") or _first(text, "linear_head_dim"))
+        return heads * (_first(own, "head_dim") or _first(text, "linear_head_dim")) * (KIMI_SCORES * CHUNK + KIMI_KEYS)
     inner = int(text.get("mamba_expand", 2) * hidden)
     if _first(text, "mamba_n_groups", "mamba_ngroups", "n_groups"):
         heads = _first(text, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
@@ -57,7 +62,7 @@ def linear_values(text: Config, hidden: int) -> int:
         usual = 128 if "ssm_state_size" in text else 256  # Nemotron-H's, and that of others
         chunk = _first(text, "mamba_chunk_size", "chunk_size", default=usual)
         return SCAN_SCORES * heads * chunk + SCAN_TENSORS * inner
-    return inner * (SCAN_STATES * _first(text, "mamba_d_state") + SCAN_TENSORS // 2)
+    return inner * (SCAN_STATES * _first(text, "mamba_d_state") + SCAN_INPUTS)
 
 
 def conv_state(text: Config, hidden: int) -> tuple[State, ...]:

@@ -11,31 +11,32 @@ from __future__ import annotations
 
 from kvfold.planner.model import FLOAT32_BYTES, Attention, Model
 
-RESIDUALS = 3  # hidden states alive beside either: residual, normed, output
-MLP_TENSORS = 3  # gate, up, product
-QUERY_TENSORS = 4  # projected, rotated, attended, transposed
+RESIDUALS = 3  # hidden states alive beside attention: the embeddings, the residual, the normed; beside the MLP one more
+QUERY_TENSORS = 4  # projected, and while they are rotated: two products and their sum
 ENGINE_BYTES = {"torch": 8 << 20, "cpu": 4 << 20}  # blocks of decoded pages and scores
 # Float32 tensors as wide as the queries that an engine holds at once. torch: scaled queries, projected ones, weighted values,
-# and three while those are lifted; of latents, which need no lifting, half of it. Others copy what is not float32.
-TORCH_QUERIES, TORCH_LATENT_QUERIES, COPIED_QUERIES = 6, 3, 2
-EAGER_SCORES = 3  # scores, with their sink logits, and their softmax
+# and three while those are lifted; of latents, which need no lifting, half of it.
+TORCH_QUERIES, TORCH_LATENT_QUERIES = 6, 3
 
 
 def workspace_bytes(model: Model, tokens: int, rows: int, dtype_bytes: int, runs: dict[int, str]) -> int:
     """Of a call of `tokens` tokens of each of `rows` sequences, in bytes; logits of one position included. runs: the engine of
-    each layer that folds."""
-    moments = [MLP_TENSORS * model.mlp_width * dtype_bytes * tokens, model.linear_values * FLOAT32_BYTES * tokens]
-    blocks = 0
+    each layer that folds. Windows as they were before the call stay until it ends, for a way back."""
+    hidden = model.hidden * dtype_bytes * tokens
+    mlp = (RESIDUALS + 1) * hidden + model.mlp_values * dtype_bytes * tokens
+    linear = RESIDUALS * hidden + model.linear_values * FLOAT32_BYTES * tokens
+    most, ways_back = rows * max(mlp, linear), 0
     for i, layer in enumerate(model.layers):
         if (a := layer.attention) is None:
             continue
         if (engine := runs.get(i)) is not None:
-            moments.append(_folded(model, a, engine, dtype_bytes) * tokens)
-            blocks = max(blocks, ENGINE_BYTES.get(engine, 0))
+            own = _own(model, a) * dtype_bytes * tokens
+            blocks = _engine(model, a, engine, dtype_bytes) * tokens + ENGINE_BYTES.get(engine, 0)  # row after row
         else:
-            moments.append(_own(model, a) * dtype_bytes * tokens + _exact(model, a, tokens, dtype_bytes))
-    logits = model.vocabulary * (dtype_bytes + FLOAT32_BYTES)
-    return rows * (RESIDUALS * model.hidden * dtype_bytes * tokens + max(moments) + logits) + blocks
+            own, blocks = _exact(model, a, tokens, dtype_bytes), 0
+            ways_back += (a.window or 0) * a.values * dtype_bytes
+        most = max(most, rows * (RESIDUALS * hidden + own) + blocks)
+    return most + rows * (ways_back + model.vocabulary * (dtype_bytes + FLOAT32_BYTES))
 
 
 def _query(model: Model, a: Attention) -> int:
@@ -48,19 +49,22 @@ def _own(model: Model, a: Attention) -> int:
     return QUERY_TENSORS * _query(model, a) + 2 * a.values
 
 
-def _folded(model: Model, a: Attention, engine: str, dtype_bytes: int) -> int:
-    """Bytes per token of a call."""
-    if engine == "torch":
-        engines = TORCH_LATENT_QUERIES if a.latent else TORCH_QUERIES
-    else:
-        engines = 0 if dtype_bytes == FLOAT32_BYTES else COPIED_QUERIES
+def _engine(model: Model, a: Attention, engine: str, dtype_bytes: int) -> int:
+    """Bytes per token of a row that an engine holds. The native ones read tensors as they are."""
+    if engine != "torch":
+        return 0
+    queries = TORCH_LATENT_QUERIES if a.latent else TORCH_QUERIES
     copied = 0 if dtype_bytes == FLOAT32_BYTES else a.values
-    return _own(model, a) * dtype_bytes + (engines * _query(model, a) + copied) * FLOAT32_BYTES
+    return (queries * _query(model, a) + copied) * FLOAT32_BYTES
 
 
 def _exact(model: Model, a: Attention, tokens: int, dtype_bytes: int) -> int:
-    """Bytes of masks and scores over a window and the call: sdpa makes numbers of its mask, eager attention has all scores."""
-    pairs = tokens * (tokens + (a.window or 0))
-    if a.variant.softcap is not None or a.variant.sink_logits:
-        return pairs * dtype_bytes * (1 + EAGER_SCORES * model.query_heads)
-    return pairs * (1 + dtype_bytes)
+    """Bytes of a call over a window. sdpa makes numbers of its mask; eager attention repeats keys and values for every query
+    head and has all scores."""
+    past = tokens + (a.window or 0)
+    pairs = tokens * past
+    if a.variant.softcap is None and not a.variant.sink_logits:
+        return _own(model, a) * dtype_bytes * tokens + pairs * (1 + dtype_bytes)
+    repeated = model.query_heads * (a.key_dim + a.value_dim) if model.query_heads != a.kv_heads else 0
+    numbers = _query(model, a) * tokens + a.values * (tokens + past) + repeated * past + pairs
+    return numbers * dtype_bytes + model.query_heads * pairs * model.scores.bytes_each(dtype_bytes)

@@ -34,6 +34,7 @@ def tuned(spec: CacheSpec, bases: Bases) -> tuple[CacheSpec, bytes]:
     """`spec` with the sides that `bases` are of in their channels, and the file of the bases, which are remembered."""
     data = content(bases)
     digest = remember(data)
+    spec = replace(spec, graded=False)  # bases say which layers get how many bits
     for side in {side for _, side in bases}:
         widths = [b.widths.float().mean() for (_, s), b in bases.items() if s == side]
         bits = round(float(sum(widths)) / len(widths), 4)

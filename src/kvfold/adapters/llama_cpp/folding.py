@@ -68,7 +68,7 @@ def fold(data: bytes, heads: Sequence[Heads], spec: CacheSpec, out: Path) -> Non
     sinks, recent = slice(0, min(spec.sinks, pages * PAGE_TOKENS)), slice(pages * PAGE_TOKENS, found.cells)
     tensors = {"before": torch.frombuffer(bytearray(zlib.compress(found.before)), dtype=torch.uint8)}
     for i, (h, k, v) in enumerate(zip(heads, found.keys, found.values, strict=True)):
-        engine = _engine(spec, i, h, k)
+        engine = _engine(spec.for_layer(i, len(heads)), i, h, k)
         rows = torch.zeros(pages, engine.page_bytes, dtype=torch.uint8)
         if pages:
             keys, values = (_paged(x, h, pages) for x in (k, v))
@@ -101,11 +101,13 @@ def unfold(path: Path) -> bytes:
     spec = CacheSpec(key=SideSpec(**spec.pop("key")), value=SideSpec(**spec.pop("value")), **spec)
     keys: list[llama.Matrix] = []
     values: list[llama.Matrix] = []
-    for i, (shape, kinds) in enumerate(zip(json.loads(about["heads"]), json.loads(about["kinds"]), strict=True)):
+    shapes = json.loads(about["heads"])
+    for i, (shape, kinds) in enumerate(zip(shapes, json.loads(about["kinds"]), strict=True)):
         own = {name: tensors[f"layers.{i}.{name}"] for name in ("pages", "sinks", "recent")}
         h, sides = Heads(**shape), (keys, values)
         empty = [llama.Matrix(kind, own["recent"][0].numpy()) for kind in kinds]
-        decoded = _engine(spec, i, h, empty[0]).unfold(own["pages"], STATE) if len(own["pages"]) else NOTHING
+        engine = _engine(spec.for_layer(i, len(shapes)), i, h, empty[0])
+        decoded = engine.unfold(own["pages"], STATE) if len(own["pages"]) else NOTHING
         for side, matrix, x in zip((0, 1), empty, decoded, strict=True):
             sides[side].append(_joined(matrix, x, own["sinks"][side], own["recent"][side]))
     before = zlib.decompress(tensors["before"].numpy().tobytes())

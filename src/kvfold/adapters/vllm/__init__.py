@@ -46,8 +46,11 @@ def register() -> None:
 
 
 def chosen_spec() -> CacheSpec:
-    """What KVFOLD_PROFILE names."""
-    return profiles.load(os.environ[PROFILE_VARIABLE]).spec
+    """What KVFOLD_PROFILE names. Raises Unsupported for a graded profile: vLLM gives the pages of all layers one size."""
+    spec = profiles.load(os.environ[PROFILE_VARIABLE]).spec
+    if spec.graded:
+        raise Unsupported("vLLM gives the pages of all layers one size", "Leave `graded` out of the profile")
+    return spec
 
 
 def forced() -> bool:
