@@ -231,6 +231,21 @@ def main() -> None:
                     shape, name, t, 2 * shape.values, key=fmt, value=fmt, ratio=ratio, variant=f"{new} new on {prefix}"
                 )
             print(f"prefill {fmt}: {new} on {prefix}: {mine.median:.0f} us, flash {flash.median:.0f} us", flush=True)
+        for fmt, search, new in (("3", 3, 8192), ("3", 3, 32768), ("4", 1, 8192), ("ab", 1, 8192), ("ab", 1, 32768)):
+            shape = cd.Shape((new,))
+            e = cd.engine(fmt[0], fmt[-1], shape, search=search)
+            for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+                both, alone = cd.time_first_chunk(e, new, 32, backend)
+                ratio = f"{alone.median / both.median:.3f}"
+                for contender, t in ((f"{name} and fold", both), (name, alone)):
+                    rows.add(
+                        shape, contender, t, 2 * shape.values, key=fmt[0], value=fmt[-1], ratio=ratio,
+                        variant=f"first {new}, search {search}",
+                    )  # fmt: skip
+                print(
+                    f"first {new} tokens, {fmt} search {search}: {name} {alone.median:.0f} us, with fold {ratio}x",
+                    flush=True,
+                )
     print(f"total {time.monotonic() - START:.1f} s")
 
 

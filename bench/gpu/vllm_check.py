@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "vllm"))
 from engines import Run, prompt, run, step, text, tokenizer
 
+from kvfold.bench.harness import commit
 from kvfold.evaluation.divergence import CALL_TOKENS, compare
 from kvfold.evaluation.needle import documents
 
@@ -123,8 +124,9 @@ def main() -> None:
         print(profile or "stock", rows[begin:], repr(tokenizer().decode(got.ids(2)[0])), flush=True)
     with (given.out / "gpu_vllm_check.csv").open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(["date", "device", "torch", "workers", "cache", "what", "result"])
-        out.writerows([datetime.now(UTC).date(), device, torch.__version__, given.workers, *row] for row in rows)
+        out.writerow(["date", "device", "torch", "workers", "cache", "what", "result", "commit"])
+        common = [datetime.now(UTC).date(), device, torch.__version__, given.workers]
+        out.writerows([*common, *row, commit()] for row in rows)
 
 
 if __name__ == "__main__":

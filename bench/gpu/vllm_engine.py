@@ -26,6 +26,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kvfold.bench.harness import commit
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 4096,
     "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
@@ -34,7 +36,7 @@ LLAMA = {
 }  # fmt: skip
 FIELDS = (
     "date", "device", "torch", "vllm", "cache", "gpus", "layers", "batch", "context", "eager", "read_s", "step_ms",
-    "step_mean_ms", "step_p90_ms", "tokens_per_s", "cache_tokens", "times_fp8",
+    "step_mean_ms", "step_p90_ms", "tokens_per_s", "cache_tokens", "times_fp8", "commit",
 )  # fmt: skip
 OWN = {"bf16": "auto"}  # vLLM's own caches that are not named after their --kv-cache-dtype
 FIXED = {
@@ -239,6 +241,7 @@ def write(contenders: list[Contender], given: argparse.Namespace) -> None:
                 "eager": int(c.eager), "read_s": f"{c.read_s:.2f}", "step_ms": f"{median:.3f}", "step_mean_ms": f"{mean:.3f}",
                 "step_p90_ms": f"{steps[len(steps) * 9 // 10]:.3f}", "tokens_per_s": f"{1000 * given.batch / mean:.1f}",
                 "cache_tokens": c.tokens, "times_fp8": f"{fp8 / median:.3f}" if fp8 else "",
+                "commit": commit(),
             }  # fmt: skip
             out.writerow(row)
             print(*row.values(), flush=True)

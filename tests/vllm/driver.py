@@ -1,7 +1,8 @@
 """One vLLM engine in a process of its own: a job as JSON on stdin, its answers as JSON in the file named as argument.
 
 Job: {"options": arguments of LLM, "steps": [{"prompts": [[ids]], "params": arguments of SamplingParams}]}. Every step is one call
-of generate. vLLM prints what it likes, so the answers have a file.
+of generate; or, with "abort": {"number of a prompt": steps of the scheduler after which it is given up}, its requests by hand.
+vLLM prints what it likes, so the answers have a file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 
 
 def answer(output: Any) -> dict[str, Any]:
-    return {"ids": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens or 0}
+    if output is None:
+        return {"ids": [], "cached": 0}
+    return {"ids": [t for o in output.outputs for t in o.token_ids], "cached": output.num_cached_tokens or 0}
 
 
 def log_probabilities(output: Any, vocabulary: int) -> np.ndarray:
@@ -28,6 +31,21 @@ def log_probabilities(output: Any, vocabulary: int) -> np.ndarray:
     return table
 
 
+def generate(llm: Any, step: dict[str, Any], params: Any) -> list[Any]:
+    """One output per prompt, in order; of a prompt that was given up the last one before."""
+    prompts = [{"prompt_token_ids": p} for p in step["prompts"]]
+    if "abort" not in step:
+        return list(llm.generate(prompts, params, use_tqdm=False))
+    engine, outputs, done = llm.llm_engine, {}, 0
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, params)
+    while engine.has_unfinished_requests():
+        outputs |= {o.request_id: o for o in engine.step()}
+        done += 1
+        engine.abort_request([i for i, after in step["abort"].items() if after == done])
+    return [outputs.get(str(i)) for i in range(len(prompts))]
+
+
 def main() -> None:
     from vllm import LLM, SamplingParams
 
@@ -35,9 +53,7 @@ def main() -> None:
     llm = LLM(disable_log_stats=False, **job["options"])
     steps = []
     for i, step in enumerate(job["steps"]):
-        outputs = llm.generate(
-            [{"prompt_token_ids": p} for p in step["prompts"]], SamplingParams(**step["params"]), use_tqdm=False
-        )
+        outputs = generate(llm, step, SamplingParams(**step["params"]))
         steps.append([answer(o) for o in outputs])
         if step["params"].get("prompt_logprobs"):
             vocabulary = llm.model_config.get_vocab_size()

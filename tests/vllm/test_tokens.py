@@ -73,6 +73,23 @@ def test_too_little_memory_for_all_of_them() -> None:
     assert folded.ids(0) == stock.ids(0)
 
 
+def test_requests_given_up() -> None:
+    """Two while they are read or just have been, one while it answers; their blocks go to others."""
+    given_up = {"2": 4, "7": 4, "5": 20}
+    options = {"max_num_batched_tokens": 192, "max_num_seqs": 8, "num_gpu_blocks_override": 80}
+    folded = run("lossless", [step(*PROMPTS) | {"abort": given_up}, step(*PROMPTS)], **options)
+    others = [i for i in range(len(PROMPTS)) if str(i) not in given_up]
+    assert [folded.ids(0)[i] for i in others] == [expected()[0][i] for i in others]
+    assert all(len(folded.ids(0)[int(i)]) < len(expected()[0][int(i)]) for i in given_up)
+    assert folded.ids(1) == expected()[0]
+
+
+def test_several_answers_to_a_prompt() -> None:
+    """Sampled side by side over one prefix that ends within a page."""
+    sampled = [step(PROMPTS[3], n=4, temperature=1.0, seed=3)]
+    assert run("lossless", sampled).steps == run(None, sampled).steps
+
+
 def test_drafts_taken_back() -> None:
     """ngram speculation: several queries a step, and tokens that are taken back."""
     draft = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}

@@ -211,3 +211,23 @@ def time_prefill(e: CudaEngine, prefix: int, new: int, heads: int) -> tuple[Timi
             torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     return folded, time_launches(sixteen_bit)
+
+
+def time_first_chunk(e: CudaEngine, tokens: int, heads: int, backend: SDPBackend) -> tuple[Timing, Timing]:
+    """A prompt's first `tokens` tokens through a 16-bit causal kernel, with the fold of all their pages and without it."""
+    h, d, device = e.shape.kv_heads, e.shape.head_dim, e.device
+    q = torch.randn(1, heads, tokens, d, device=device, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, h, tokens, d, device=device, dtype=torch.bfloat16)
+    out = torch.empty(tokens // 128, e.page_bytes, dtype=torch.uint8, device=device)
+    addresses = torch.arange(len(out), device=device) * e.page_bytes + out.data_ptr()
+    kp, vp = (x[0].unflatten(1, (-1, 128)).transpose(0, 1) for x in (k, v))
+
+    def attend() -> None:
+        with sdpa_kernel([backend]):
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def attend_and_fold() -> None:
+        attend()
+        e.fold_to(kp, vp, True, addresses)
+
+    return time_launches(attend_and_fold), time_launches(attend)

@@ -9,8 +9,8 @@ from kvfold.codec.fields import state_bytes
 from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.engine.variant import Reach
 
-# Where a slab takes all its memory at once, it holds 1/64 of the pages there are: free space stays within about 2 % of them.
-SLACK = 64
+# Where a slab takes all its memory at once, it holds 1/256 of the pages there are: free space stays within about .5 % of them.
+SLACK = 256
 MIN_SLAB_PAGES = 4
 MAX_SLAB_PAGES = 256
 # On the CPU a slab takes memory row by row, as rows are first written. It can be large, which wastes less on rounding to the

@@ -23,7 +23,7 @@ ORIGIN_BYTES = 32  # of all states, at a step
 
 
 class Book(ctypes.Structure):
-    _fields_ = (("threshold", ctypes.c_float * 15), ("level", ctypes.c_float * 16), ("step", ctypes.c_float))
+    _fields_ = (("edge", ctypes.c_uint32 * 7), ("level", ctypes.c_float * 16), ("step", ctypes.c_float))
 
 
 class FoldArgs(ctypes.Structure):
@@ -83,7 +83,7 @@ class ScalarFold(Fold):
             *self.books,
         )
         stream = torch.cuda.current_stream(keys.device).cuda_stream
-        kernel.launch((len(keys), heads, 2), 256, stream, a)
+        kernel.launch((len(keys), heads, 2), 2 * dim, stream, a)
 
 
 class TrellisFold(Fold):
@@ -148,7 +148,8 @@ def not_finite(layer: int) -> NonFiniteInput:
 
 def book_of(spec: SideSpec, dim: int) -> Book:
     book, out = table(spec.codec, int(spec.bits), dim), Book()
-    out.threshold[: len(book.thresholds)] = book.thresholds.tolist()
+    positive = book.thresholds[len(book.thresholds) // 2 + 1 :].astype(np.float32)
+    out.edge[: len(positive)] = (positive.view(np.uint32) << 1).tolist()
     out.level[: len(book.levels)] = [float(x) for x in book.levels]
     out.step = float(book.step)
     return out

@@ -1,9 +1,12 @@
 // 128 tokens of one KV head -> one side (keys or values) of a page in fragment order: centre, rotate, encode, scale, pack. One read, one write.
 //   y = H(s (x - mean)); r = |y| / sqrt(D); code_j = #{thresholds < y_j / r}; scale by rule. Canonical float32 order, no contraction: bytes equal
-//   the canonical encoder's. Grid (pages, heads, 2), 256 threads. Limits: D 64, 128, 256; 16-bit input.
-// Layout: formats.cuh. Bound: integer and FP32 pipes (about 40 instructions per value), then HBM.
+//   the canonical encoder's. Grid (pages, heads, 2), 2 D threads. Limits: D 64, 128, 256; 16-bit input.
+// D / 64 neighbouring lanes hold a token, 64 numbers each, so that nearly all of the rotation and of the sums is arithmetic in registers:
+// number 4 i + b of lane k is dim 4 (LANES i + k) + b. Layout: formats.cuh. Bound: integer and FP32 pipes, then HBM.
 #include "fold.cuh"
-struct Book { float threshold[15], level[16], step; };               // level ascending; thresholds between them
+// Levels ascending. Edges: bits of the positive thresholds between them, doubled, so that the sign of a number fits below its own: at one, a negative
+// number has passed it and a positive one has not, because a threshold belongs to the lower code.
+struct Book { u32 edge[7]; float level[16], step; };
 struct FoldArgs {
   const void *k, *v; const u64* page; const float *sign_k, *sign_v; int* nonfinite;
   long long k_p, k_h, k_t, v_p, v_h, v_t; int first_sinks, rule_k, rule_v, search_k, search_v; float inv_sqrt_d; Book key, value;
@@ -11,17 +14,60 @@ struct FoldArgs {
 #ifndef VARIANT    // D, key format, value format, mean, float16
 #define VARIANT 128, 4, 4, 1, 0
 #endif
-constexpr int THREADS = 256;
 template <int D_, int KF_, int VF_, int MEAN_, int H16_> struct FoldCfg : Region<D_, KF_, VF_, MEAN_> {
-  static constexpr int H16 = H16_, ROW = D_ + 8, N = D_ / 8, CODE_ROW = D_ + 16, CODE_COL = TOKENS + 16;
+  static constexpr int H16 = H16_, LANES = D_ / 64, THREADS = TOKENS * LANES, BLOCKS = 512 / THREADS;     // of a multiprocessor: 128 registers a thread
+  static constexpr int ROW = D_ + (LANES == 4 ? 16 : 8), CODE_ROW = D_ + 16, CODE_COL = TOKENS + 16;
   static constexpr int CODES = TOKENS * CODE_ROW > D_ * CODE_COL ? TOKENS * CODE_ROW : D_ * CODE_COL;
-  static constexpr int SMEM = TOKENS * ROW * 2 + CODES + 64 * 4 + 4 * D_ * 4 + TOKENS * 2 + 16;
+  static constexpr int SMEM = TOKENS * ROW * 2 + CODES + 8 * 8 + 5 * D_ * 4 + TOKENS * 2 + 16;
 };
-template <int B> DI int encode(float u, const float* t) {            // thresholds are odd-symmetric: count on |u|, ties to the lower code
-  const int negative = !(u > 0), a = (__float_as_int(u) & 0x7fffffff) + negative, half = 1 << (B - 1); int n = 0;
+constexpr int NUMBERS = 64, GROUPS = NUMBERS / 4;                      // of a lane; in groups of four dims side by side
+struct Two { float dot, square; };
+DI float sum(float a, float b) { return add(a, b); }
+DI Two sum(Two a, Two b) { return {add(a.dot, b.dot), add(a.square, b.square)}; }
+// f(0) + .. + f(15) by a halving tree: f(i) + f(i + 8) first.
+template <int I, int STEP, class F> DI auto halves(const F& f) {
+  if constexpr (STEP == GROUPS) return f(I); else return sum(halves<I, 2 * STEP>(f), halves<I + STEP, 2 * STEP>(f));
+}
+DI float shuffled(float x, int d) { return __shfl_xor_sync(~0u, x, d); }
+DI Two shuffled(Two x, int d) { return {shuffled(x.dot, d), shuffled(x.square, d)}; }
+// Sum of D numbers, the last four of every lane: f(i, b).
+template <int LANES, class F> DI auto tree(const F& f) {
+  decltype(f(0, 0)) v[4];
 #pragma unroll
-  for (int i = 0; i < (1 << (B - 1)) - 1; i++) n += a > __float_as_int(t[half + i]);
-  return negative ? half - 1 - n : half + n;
+  for (int b = 0; b < 4; b++) v[b] = halves<0, 1>([&](int i) { return f(i, b); });
+#pragma unroll
+  for (int d = LANES / 2; d > 0; d /= 2)
+#pragma unroll
+    for (int b = 0; b < 4; b++) v[b] = sum(v[b], shuffled(v[b], d));
+  return sum(sum(v[0], v[2]), sum(v[1], v[3]));
+}
+template <int H> DI void butterfly(float (&y)[NUMBERS]) {
+#pragma unroll
+  for (int j = 0; j < NUMBERS; j++) if (!(j & H)) { const float a = y[j], b = y[j + H]; y[j] = add(a, b); y[j + H] = sub(a, b); }
+}
+// H y, not normalised: dims 1 and 2 apart, those of other lanes, those farther apart.
+template <int LANES> DI void butterflies(float (&y)[NUMBERS], int k) {
+  butterfly<1>(y); butterfly<2>(y);
+#pragma unroll
+  for (int d = 1; d < LANES; d *= 2) {
+    const float side = k & d ? -1.f : 1.f;
+#pragma unroll
+    for (int j = 0; j < NUMBERS; j++) y[j] = __fmaf_rn(y[j], side, shuffled(y[j], d));    // a product with 1 or -1 is exact
+  }
+  butterfly<4>(y); butterfly<8>(y); butterfly<16>(y); butterfly<32>(y);
+}
+// first + step for every edge that |u| has passed.
+template <int B> DI u32 passed(const Book& book, float u, u32 first, u32 step) {
+  const u32 a = __funnelshift_l(__float_as_uint(u), __float_as_uint(u), 1), *edge = book.edge; u32 n = first;
+  if constexpr (B == 4) {                         // by halves: four instructions fewer
+    const bool upper = a > edge[3]; const u32 quarter = upper ? edge[5] : edge[1];
+    const bool higher = a > quarter; const u32 low = higher ? edge[2] : edge[0], high = higher ? edge[6] : edge[4], eighth = upper ? high : low;
+    n += (upper ? 4 * step : 0) + (higher ? 2 * step : 0) + (a > eighth ? step : 0);
+  } else {
+#pragma unroll
+    for (int i = 0; i < (1 << (B - 1)) - 1; i++) n = a > edge[i] ? first + (i + 1) * step : n;
+  }
+  return n;
 }
 // Four codes in the bytes of x to four fields of a 16-bit half word.
 DI u32 nibbles(u32 x) { x = (x | x >> 4) & 0x00ff00ffu; return (x | x >> 8) & 0xffffu; }
@@ -36,7 +82,7 @@ template <int F, class Four> DI u32 make_word(int i, Four four) {
 }
 template <class C, int F, int V> DI void pack(const unsigned char* codes, const u16* scales, const u32 (&hidden)[2], unsigned char* out) {
   constexpr int B = bits_of(F), NW = C::D * B / 16, PIECES = NW / 4; const int skip = C::HALF;
-  for (int e = threadIdx.x; e < 2 * PIECES * 32; e += THREADS) {
+  for (int e = threadIdx.x; e < 2 * PIECES * 32; e += C::THREADS) {
     const int half = e / (PIECES * 32), piece = e / 32 % PIECES, lane = e & 31, g = lane >> 2, t = lane & 3; u32 w[4];
 #pragma unroll
     for (int q = 0; q < 4; q++) {
@@ -54,70 +100,78 @@ template <class C, int F, int V> DI void pack(const unsigned char* codes, const 
     }
     *(uint4*)(out + half * skip + piece * 512 + lane * 16) = make_uint4(w[0], w[1], w[2], w[3]);
   }
-  for (int e = threadIdx.x; e < TOKENS; e += THREADS) {
+  for (int e = threadIdx.x; e < TOKENS; e += C::THREADS) {
     const int g = e & 7, i = e >> 3 & 7, sign = g < 4 && i < 4 ? (e < 64 ? hidden[0] : hidden[1]) >> (4 * g + i) & 1 : 0;
     ((u16*)(out + (e >> 6) * skip + NW * 128))[g * 8 + i] = scales[e] | sign << 15;
   }
 }
 template <class C, int F, int V> DI void fold_side(const FoldArgs& P, unsigned char* sm) {
-  u16* tile = (u16*)sm; unsigned char* codes = sm + TOKENS * C::ROW * 2; float *table = (float*)(codes + C::CODES), *mean = table + 64, *work = mean + 2 * C::D; u16* scales = (u16*)(work + 2 * C::D);
-  constexpr int B = bits_of(F), N = C::N;
-  const Book& book = V ? P.value : P.key; const float* signs = (V ? P.sign_v : P.sign_k) + blockIdx.y * C::D; const int rule = V ? P.rule_v : P.rule_k, search = V ? P.search_v : P.search_k;
+  constexpr int B = bits_of(F), L = C::LANES, HIGHER = 1 << (B - 1);
+  u16* tile = (u16*)sm; unsigned char* codes = sm + TOKENS * C::ROW * 2; Two* level = (Two*)(codes + C::CODES);     // |level|, level^2 beyond n thresholds
+  float *signs = (float*)(level + 8), *mean = signs + C::D, *work = mean + 2 * C::D; u16* scales = (u16*)(work + 2 * C::D);
+  const Book& book = V ? P.value : P.key; const int rule = V ? P.rule_v : P.rule_k, search = V ? P.search_v : P.search_k;
   unsigned char* out = (unsigned char*)P.page[blockIdx.x] + (u64)blockIdx.y * C::BYTES;
   const u16* in = V ? (const u16*)P.v + blockIdx.x * P.v_p + blockIdx.y * P.v_h : (const u16*)P.k + blockIdx.x * P.k_p + blockIdx.y * P.k_h;
   const long long stride = V ? P.v_t : P.k_t;
-  for (int e = threadIdx.x; e < TOKENS * C::D / 8; e += THREADS) *(uint4*)(tile + e / (C::D / 8) * C::ROW + e % (C::D / 8) * 8) = ldg4(in + e / (C::D / 8) * stride + e % (C::D / 8) * 8);
-  if (threadIdx.x < 16) table[threadIdx.x] = book.level[threadIdx.x];
+#pragma unroll 8
+  for (int e = threadIdx.x; e < TOKENS * C::D / 8; e += C::THREADS) *(uint4*)(tile + e / (C::D / 8) * C::ROW + e % (C::D / 8) * 8) = ldg4(in + e / (C::D / 8) * stride + e % (C::D / 8) * 8);
+  if (threadIdx.x < HIGHER) { const float x = book.level[HIGHER + threadIdx.x]; level[threadIdx.x] = {x, mul(x, x)}; }
+  if (threadIdx.x < C::D) signs[threadIdx.x] = ((V ? P.sign_v : P.sign_k) + blockIdx.y * C::D)[threadIdx.x];
   __syncthreads();
   u32 hidden[2] = {0, 0};
-  if constexpr (!V && C::MEAN)
-    page_means<C, THREADS>([&](int t, int d) { return low<C::H16>(tile[t * C::ROW + d]); }, mean, work, out, blockIdx.x == 0 ? P.first_sinks : 0, hidden);
-  const int lane = threadIdx.x & 31, k = lane & 7; float sign[N]; bool bad = false;
-#pragma unroll
-  for (int j = 0; j < N; j++) sign[j] = signs[8 * j + k];
-#pragma unroll 1
-  for (int token = (threadIdx.x >> 5) * 4 + (lane >> 3); token < TOKENS; token += THREADS / 8) {
-    float y[N], w[N];
-#pragma unroll
-    for (int j = 0; j < N; j++) { float x = low<C::H16>(tile[token * C::ROW + 8 * j + k]); if (!V && C::MEAN) x = sub(x, mean[(token >> 6) * C::D + 8 * j + k]); y[j] = mul(sign[j], x); }
-    butterflies<N>(y, k);
-#pragma unroll
-    for (int j = 0; j < N; j++) w[j] = mul(y[j], y[j]);
-    const float d = (float)C::D, r = __fsqrt_rn(__fdiv_rn(tree<N>(w), d)), inv = r > 0 ? __fdiv_rn(1.f, r) : 0.f, rn = mul(r, P.inv_sqrt_d);
-#pragma unroll
-    for (int j = 0; j < N; j++) y[j] = mul(y[j], inv);
-    float best = 0, dot = 0, square = 0; u32 chosen[N / 8];          // codes of the factor with the largest <u, L>^2 / |L|^2
-#pragma unroll 1
-    for (int f = 0; f < search; f++) {
-      const float factor = f == 0 ? 1.f : f == 1 ? .9f : 1.1f; float q[N]; u32 tried[N / 8] = {};
-#pragma unroll
-      for (int j = 0; j < N; j++) {
-        const int code = encode<B>(mul(y[j], factor), book.threshold); const float level = table[code];
-        tried[j / 8] |= (u32)code << (j % 8 * 4); w[j] = mul(y[j], level); q[j] = mul(level, level);
-      }
-      const float a = tree<N>(w), b = tree<N>(q), gain = __fdiv_rn(mul(a, a), b);
-      if (f == 0 || gain > best) {
-        best = gain; dot = a; square = b;
-#pragma unroll
-        for (int j = 0; j < N / 8; j++) chosen[j] = tried[j];
-      }
-    }
-    const float s = scale_of(rule, rn, d, book.step, dot, square);
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      const int code = chosen[j / 8] >> (j % 8 * 4) & 15, dim = 8 * j + k, rest = token & 7;
-      if constexpr (V) codes[dim * C::CODE_COL + (token & 96) + rest * 4 + (token >> 3 & 3)] = code;          // four tokens 8 apart side by side
-      else codes[token * C::CODE_ROW + dim] = code;
-    }
-    const u32 h = float_half(r == 0 ? 0.f : s); bad |= (h & 0x7c00u) == 0x7c00u;
-    if (k == 0) scales[token] = h;
+  if constexpr (!V && C::MEAN) {
+    page_means<C, C::THREADS>([&](int t, int d) { return low<C::H16>(tile[t * C::ROW + d]); }, mean, work, out, blockIdx.x == 0 ? P.first_sinks : 0, hidden);
+    for (int e = threadIdx.x; e < 2 * C::D; e += C::THREADS) work[e] = mul(-signs[e % C::D], mean[e]);
+    __syncthreads();
   }
-  if (bad) *P.nonfinite = 1;
+  const int token = threadIdx.x / L, k = threadIdx.x % L; float y[NUMBERS];
+#pragma unroll
+  for (int i = 0; i < GROUPS; i++) {
+    const int dim = 4 * (L * i + k); const uint2 two = *(const uint2*)(tile + token * C::ROW + dim); const float4 s = *(const float4*)(signs + dim);
+    const float x[4] = {low<C::H16>(two.x & 0xffffu), high<C::H16>(two.x), low<C::H16>(two.y & 0xffffu), high<C::H16>(two.y)}, sign[4] = {s.x, s.y, s.z, s.w};
+    float4 m = {0, 0, 0, 0}; if constexpr (!V && C::MEAN) m = *(const float4*)(work + (token >> 6) * C::D + dim);
+    const float shift[4] = {m.x, m.y, m.z, m.w};
+#pragma unroll
+    for (int b = 0; b < 4; b++) y[4 * i + b] = !V && C::MEAN ? __fmaf_rn(sign[b], x[b], shift[b]) : mul(sign[b], x[b]);      // sign (x - mean), rounded once
+  }
+  butterflies<L>(y, k);
+  const float d = (float)C::D, r = __fsqrt_rn(__fdiv_rn(tree<L>([&](int i, int b) { return mul(y[4 * i + b], y[4 * i + b]); }), d));
+  const float inv = r > 0 ? __fdiv_rn(1.f, r) : 0.f, rn = mul(r, P.inv_sqrt_d);
+#pragma unroll
+  for (int j = 0; j < NUMBERS; j++) y[j] = mul(y[j], inv);
+  // <u, L> and |L|^2 of the codes of y times a factor; L has the signs of u.
+  const u32 levels = shared_address(level);
+  auto products = [&](float factor) {
+    return tree<L>([&](int i, int b) {
+      const float u = y[4 * i + b]; const uint2 l = lds2(passed<B>(book, mul(u, factor), levels, sizeof(Two)));
+      return Two{mul(fabsf(u), __uint_as_float(l.x)), __uint_as_float(l.y)};
+    });
+  };
+  Two best = products(1.f); float factor = 1, gain = __fdiv_rn(mul(best.dot, best.dot), best.square);
+#pragma unroll 1
+  for (int f = 1; f < search; f++) {              // the factor with the largest <u, L>^2 / |L|^2
+    const float other = f == 1 ? .9f : 1.1f; const Two p = products(other); const float g = __fdiv_rn(mul(p.dot, p.dot), p.square);
+    if (g > gain) { best = p; gain = g; factor = other; }
+  }
+#pragma unroll
+  for (int i = 0; i < GROUPS; i++) {
+    const int dim = 4 * (L * i + k), rest = token & 7; u32 word = 0;
+#pragma unroll
+    for (int b = 0; b < 4; b++) {
+      const float u = mul(y[4 * i + b], factor); const int n = passed<B>(book, u, HIGHER, 1), code = u > 0 ? n : 2 * HIGHER - 1 - n;
+      if constexpr (V) codes[(dim + b) * C::CODE_COL + (token & 96) + rest * 4 + (token >> 3 & 3)] = code;          // four tokens 8 apart side by side
+      else word |= (u32)code << (8 * b);
+    }
+    if constexpr (!V) *(u32*)(codes + token * C::CODE_ROW + dim) = word;
+  }
+  const u32 h = float_half(r == 0 ? 0.f : scale_of(rule, rn, d, book.step, best.dot, best.square));
+  if ((h & 0x7c00u) == 0x7c00u) *P.nonfinite = 1;
+  if (k == 0) scales[token] = h;
   __syncthreads();
   pack<C, F, V>(codes, scales, hidden, out + (V ? C::K_HALF : C::MEAN_BYTES));
 }
 using Chosen = FoldCfg<VARIANT>;
-extern "C" __global__ void __launch_bounds__(THREADS, 2) kvfold_fold(const __grid_constant__ FoldArgs P) {
+extern "C" __global__ void __launch_bounds__(Chosen::THREADS, Chosen::BLOCKS) kvfold_fold(const __grid_constant__ FoldArgs P) {
   extern __shared__ __align__(128) unsigned char sm[];
   if (blockIdx.z == 0) fold_side<Chosen, Chosen::KF, 0>(P, sm); else fold_side<Chosen, Chosen::VF, 1>(P, sm);
 }

@@ -1,45 +1,28 @@
-// What both kinds of fold share: float32 arithmetic in the canonical encoder's order, without contraction; means of keys; the rotation.
+// What both kinds of fold share: float32 arithmetic in the canonical encoder's order, without contraction; means of keys; scales.
 #pragma once
 #include "formats.cuh"
 constexpr int TOKENS = 128, HALF_TOKENS = 64;
 DI float add(float a, float b) { return __fadd_rn(a, b); }
 DI float sub(float a, float b) { return __fsub_rn(a, b); }
 DI float mul(float a, float b) { return __fmul_rn(a, b); }
-// Sum of D products held 8 threads x N: dim 8 j + k. Halving tree: registers first, then lanes.
-template <int N> DI float tree(float (&v)[N]) {
-#pragma unroll
-  for (int s = 2; s <= N; s *= 2)
-#pragma unroll
-    for (int j = 0; j < N / s; j++) v[j] = add(v[j], v[j + N / s]);
-#pragma unroll
-  for (int d = 4; d > 0; d /= 2) v[0] = add(v[0], __shfl_xor_sync(~0u, v[0], d));
-  return v[0];
-}
-// H y of D numbers held the same way, not normalised.
-template <int N> DI void butterflies(float (&y)[N], int k) {
-#pragma unroll
-  for (int d = 1; d < 8; d *= 2)
-#pragma unroll
-    for (int j = 0; j < N; j++) { float o = __shfl_xor_sync(~0u, y[j], d); y[j] = k & d ? sub(o, y[j]) : add(y[j], o); }
-#pragma unroll
-  for (int h = 1; h < N; h *= 2)
-#pragma unroll
-    for (int j = 0; j < N; j++) if (!(j & h)) { float a = y[j], b = y[j + h]; y[j] = add(a, b); y[j + h] = sub(a, b); }
-}
 // Means of a page's halves, exactly as stored, without the first `sinks` tokens: dequantized in mean[2][D], codes in the page, their float16 scales in
 // `scale`. at(token, dim) is a key's number; work: 2 D floats. The whole block of THREADS takes part.
 template <class C, int THREADS, class At> DI void page_means(At at, float* mean, float* work, unsigned char* out, int sinks, u32 (&scale)[2]) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < 2 * C::D; e += THREADS) {
-    const int half = e / C::D, d = e % C::D; float a[HALF_TOKENS / 2];
-    auto kept = [&](int t) { return half * HALF_TOKENS + t < sinks ? 0.f : at(half * HALF_TOKENS + t, d); };
+    const int half = e / C::D, d = e % C::D;
+    auto sum = [&](auto kept) {
+      float a[HALF_TOKENS / 2];
 #pragma unroll
-    for (int i = 0; i < HALF_TOKENS / 2; i++) a[i] = add(kept(i), kept(i + HALF_TOKENS / 2));
+      for (int i = 0; i < HALF_TOKENS / 2; i++) a[i] = add(kept(i), kept(i + HALF_TOKENS / 2));
 #pragma unroll
-    for (int s = 4; s <= HALF_TOKENS; s *= 2)
+      for (int s = 4; s <= HALF_TOKENS; s *= 2)
 #pragma unroll
-      for (int i = 0; i < HALF_TOKENS / s; i++) a[i] = add(a[i], a[i + HALF_TOKENS / s]);
-    work[e] = a[0];
+        for (int i = 0; i < HALF_TOKENS / s; i++) a[i] = add(a[i], a[i + HALF_TOKENS / s]);
+      return a[0];
+    };
+    if (sinks > half * HALF_TOKENS) work[e] = sum([&](int t) { return half * HALF_TOKENS + t < sinks ? 0.f : at(half * HALF_TOKENS + t, d); });
+    else work[e] = sum([&](int t) { return at(half * HALF_TOKENS + t, d); });
   }
   __syncthreads();
 #pragma unroll

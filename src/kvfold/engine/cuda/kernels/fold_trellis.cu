@@ -5,6 +5,27 @@
 // where they are exact, on a pipe that the branches leave idle. Origins: half a byte per step and state in global memory.
 // Bound: the integer pipe, 64 2^k additions with minimum and about 200 operations a step.
 #include "fold.cuh"
+// Sum of D products held 8 threads x N: dim 8 j + k. Halving tree: registers first, then lanes.
+template <int N> DI float tree(float (&v)[N]) {
+#pragma unroll
+  for (int s = 2; s <= N; s *= 2)
+#pragma unroll
+    for (int j = 0; j < N / s; j++) v[j] = add(v[j], v[j + N / s]);
+#pragma unroll
+  for (int d = 4; d > 0; d /= 2) v[0] = add(v[0], __shfl_xor_sync(~0u, v[0], d));
+  return v[0];
+}
+// H y of D numbers held the same way, not normalised.
+template <int N> DI void butterflies(float (&y)[N], int k) {
+#pragma unroll
+  for (int d = 1; d < 8; d *= 2)
+#pragma unroll
+    for (int j = 0; j < N; j++) { float o = __shfl_xor_sync(~0u, y[j], d); y[j] = k & d ? sub(o, y[j]) : add(y[j], o); }
+#pragma unroll
+  for (int h = 1; h < N; h *= 2)
+#pragma unroll
+    for (int j = 0; j < N; j++) if (!(j & h)) { float a = y[j], b = y[j + h]; y[j] = add(a, b); y[j + h] = sub(a, b); }
+}
 #include "trellis.cuh"
 struct TrellisFoldArgs {
   const void* x; const u64* page; const float* sign; int* nonfinite; u32* origins; const signed char* window_levels;   // levels of even windows, of odd ones
