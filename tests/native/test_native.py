@@ -34,7 +34,7 @@ def test_levels_agree(leg: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=1200,
+        timeout=2400,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "SKIP" not in done.stdout
