@@ -60,7 +60,7 @@ KVF_INLINE void walk_groups(const std::uint8_t* src, const Ask& ask, const Visit
   [[maybe_unused]] constexpr bool kPacked = Bits < kLevelBits, kHalves = Bits == kLowHalfBits && Span == 2;
   [[maybe_unused]] constexpr int kGroup = 8 * Quads * width_of(Bits);
   // turn: how many calls came before.
-  [[maybe_unused]] const auto load = [src, ask](int line, int turn) KVF_INLINE_LAMBDA {
+  [[maybe_unused]] const auto load = [=](int line, int turn) KVF_INLINE_LAMBDA {
     return L::each([&](auto i) KVF_INLINE_LAMBDA {
       if constexpr (kPacked) ask(src + 64 * (Span * turn + i));
       return _mm512_loadu_si512(src + i * kGroup + 64 * line);
