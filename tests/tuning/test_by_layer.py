@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.cli.main import main
+from kvfold.config import CacheSpec
 from kvfold.profiles import load
 from kvfold.tuning.allocation import PLAIN_ERROR, by_layer, shared_out
-from kvfold.tuning.statistics import Moments
+from kvfold.tuning.statistics import Moments, _add
 
 SMALL = ["--windows", "1", "--window-tokens", "640", "--json"]
 
@@ -45,15 +46,25 @@ def test_no_other_sharing_loses_less() -> None:
     assert lost(found) == min(map(lost, others))
 
 
-def test_moments_of_a_dear_layer_bring_it_bits() -> None:
-    eye = torch.eye(64, dtype=torch.float64).expand(2, 64, 64)
-    made = {
-        (i, side): Moments(eye * 100, eye * price, 100, 10) for i, side, price in ((0, "key", 1e-3), (0, "value", 1e-3))
-    }
-    made |= {(5, "key"): Moments(eye * 100, eye * 0.2, 100, 10), (5, "value"): Moments(eye * 100, eye * 5, 100, 10)}
-    (first, last) = by_layer(made, 2)
+def test_what_a_layer_loses_brings_it_bits() -> None:
+    zeros = torch.zeros(2, 64, 64, dtype=torch.float64)
+    lost = {(0, "key"): 0.1, (0, "value"): 0.1, (5, "key"): 20.0, (5, "value"): 500.0}
+    first, last = by_layer({p: Moments(zeros, zeros, 100, 10, x) for p, x in lost.items()}, 2)
     assert first == (1, 1)
     assert last == (2.5, 3.5)
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_a_large_error_where_nothing_reads_it_costs_nothing(side: str) -> None:
+    """Tokens with energy and tokens with gradients are others; and the other way round. Means cannot tell these apart."""
+    x, g = torch.zeros(2, 1, 256, 8)
+    x[0, 128:192] = torch.tensor([3.0, -3.0]).repeat(32)[:, None]  # of mean 0, as keys are when they are folded
+    g[0, 192:] = 2.0
+    out: dict[tuple[int, str], Moments] = {}
+    _add(out, (0, side), x, g, True, CacheSpec())
+    assert out[0, side].lost == 0
+    _add(out, (0, side), x, x, True, CacheSpec())
+    assert out[0, side].lost == pytest.approx(64 * (9 * 8) ** 2)
 
 
 @pytest.fixture(scope="module")

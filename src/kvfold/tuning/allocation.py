@@ -82,11 +82,8 @@ def bases(moments: dict[tuple[int, str], Moments], bits: float, sides: tuple[str
 def by_layer(moments: dict[tuple[int, str], Moments], bits: float) -> tuple[tuple[float, float], ...]:
     """Bits of keys and values of every layer, in order, `bits` per value in all, for plain trellis codes: these turn a vector
     before they code it, so that its error is even over its channels and costs their mean."""
-    costs, sizes = {}, {}
-    for place, m in moments.items():
-        energy, price = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (m.spread / m.tokens, m.cost / m.positions / 2))
-        heads, dim = energy.shape[0], m.spread.shape[-1]
-        costs[place], sizes[place] = float((energy * price).sum()) / dim, heads * dim
+    sizes = {place: m.spread.shape[0] * m.spread.shape[-1] for place, m in moments.items()}
+    costs = {place: m.lost / m.positions / 2 / m.spread.shape[-1] for place, m in moments.items()}
     least = LEAST_COST * sum(costs.values()) / len(costs)
     widths = shared_out({p: max(c, least) for p, c in costs.items()}, sizes, bits)
     return tuple((widths[i, "key"], widths[i, "value"]) for i in sorted({layer for layer, _ in moments}))
