@@ -131,7 +131,7 @@ def levels(side: SideSpec, dim: int) -> list[list[int]]:
 def named(spec: CacheSpec) -> dict[str, Any]:
     """The spec's fields that a page depends on; of sides without `basis`, which codec `tuned` alone has."""
     sides = ("key", "value")
-    fields = {k: v for k, v in asdict(spec).items() if k != "states"}
+    fields = {k: v for k, v in asdict(spec).items() if k not in ("states", "bits_by_layer")}
     return fields | {s: {k: v for k, v in fields[s].items() if k != "basis"} for s in sides}
 
 

@@ -48,8 +48,10 @@ def register() -> None:
 def chosen_spec() -> CacheSpec:
     """What KVFOLD_PROFILE names. Raises Unsupported for a graded profile: vLLM gives the pages of all layers one size."""
     spec = profiles.load(os.environ[PROFILE_VARIABLE]).spec
-    if spec.graded:
-        raise Unsupported("vLLM gives the pages of all layers one size", "Leave `graded` out of the profile")
+    if spec.by_place:
+        raise Unsupported(
+            "vLLM gives the pages of all layers one size", "Leave `graded` and `bits_by_layer` out of the profile"
+        )
     return spec
 
 
