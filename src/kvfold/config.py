@@ -25,7 +25,9 @@ CODEC_BITS: dict[str, tuple[float, ...]] = {
     "polar": (3.875,),
     "split": (2.5, 3.5),
     "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
+    "computed": (2, 3),
 }
+TRELLIS_CODECS = ("trellis", "computed")  # paths of a trellis; levels out of a table, or sums of what bits are worth
 STATES = ("exact", "int8")
 # Graded caches: half bits that the first layers have less than the others. The last layer has all of them (measured: LOG.md).
 GRADED_KEYS = (-1,)
@@ -33,8 +35,7 @@ GRADED_VALUES = (-1, -1)
 GRADED_TOP = 3.5  # bits that every engine has kernels for
 # What profile files may hold in each field.
 KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
-SCALED_CODECS = ("mse", "uniform", "split", "trellis")
-SEARCHED_CODECS = ("mse", "uniform", "split", "trellis")
+SCALED_CODECS = SEARCHED_CODECS = ("mse", "uniform", "split", *TRELLIS_CODECS)
 
 
 TUNED = "tuned"  # its bits are an average over channels that a basis names
@@ -57,7 +58,7 @@ class SideSpec:
     names count everything). scale: how one stored scale per vector is chosen (SCALED_CODECS only): `norm` keeps
     the vector's length times the codebook (paper), `unbiased` makes <x, x_hat> = |x|^2, `least-squares` minimises the
     error, `match` makes |x_hat| = |x|. search: how many codebook grids the encoder tries per vector, 1 or 3; `trellis`
-    searches its paths once for each.
+    and `computed` search their paths once for each.
     rotation: `hadamard` (seeded signs) or `dense` (paper). sketch: the matrix whose signs `prod` and `qjl` keep:
     `gaussian` (paper), or `orthogonal`, unbiased too and of less variance. basis: of codec `tuned`, the digest of the file
     that has a model's bases and the bits of their channels, of which `bits` is the average over this side.
@@ -92,10 +93,10 @@ class SideSpec:
         ):
             raise InvalidConfig(
                 f"search {self.search} does not go with codec {self.codec!r} and scale {self.scale!r}",
-                "Use 1, or 3 with codec 'trellis', 'mse' or 'uniform' and a scale other than 'norm'",
+                "Use 1, or 3 with codec 'trellis', 'computed', 'mse' or 'uniform' and a scale other than 'norm'",
             )
-        if self.codec == "trellis" and self.rotation != "hadamard":
-            raise InvalidConfig("codec 'trellis' has no dense rotation", "Use rotation 'hadamard'")
+        if self.codec in TRELLIS_CODECS and self.rotation != "hadamard":
+            raise InvalidConfig(f"codec {self.codec!r} has no dense rotation", "Use rotation 'hadamard'")
         if self.rotation not in ROTATIONS:
             raise InvalidConfig(f"unknown rotation {self.rotation!r}", f"Use one of: {', '.join(ROTATIONS)}")
         if self.sketch not in SKETCHES:
