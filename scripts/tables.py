@@ -81,6 +81,21 @@ def trellis_table() -> str:
     return markdown(["model", "profile", "bits", "KLD", f"of {SCALAR}'s"], body)
 
 
+def computed_table() -> str:
+    """Widths of keys and values, a column per model."""
+    cells: dict[tuple[str, str], dict[str, Row]] = {}
+    for r in latest(read("eval")):
+        if option(r, "key-codec", "") == "computed":
+            cells.setdefault((option(r, "key-bits", ""), option(r, "value-bits", "")), {})[model_name(r)] = r
+    body = []
+    for widths, rows in cells.items():
+        of = [rows[m] for m in ("llama", "biased", "hybrid")]
+        kld = [f"{float(r['kld_mean']):.5f} ± {float(r['kld_se']):.5f}" for r in of]
+        top = " / ".join(f"{100 * float(r['top1_agreement']):.1f}" for r in of)
+        body.append([", ".join(widths), f"{float(of[0]['bits_per_value']):.3f}", *kld, top])
+    return markdown(["keys, values", "bits, llama", "KLD llama", "biased", "hybrid", "same top token, %"], body)
+
+
 def legs_table() -> str:
     body = []
     for r in {(r["command"], r["leg"]): r for r in read("legs")}.values():
@@ -350,6 +365,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "eval": eval_table,
     "baselines": baselines_table,
     "trellis": trellis_table,
+    "computed": computed_table,
     "legs": legs_table,
     "tune": tune_table,
     "by_layer": by_layer_table,
