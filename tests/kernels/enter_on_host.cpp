@@ -1,4 +1,5 @@
-// kernels/enter.cuh compiled for the host: blocks one after another, the threads of a block too, up to the barrier and from it on.
+// kernels/enter.cuh compiled for the host: blocks one after another, the threads of a block too, up to the barrier and from it on. The last
+// request comes first: a GPU promises no order, and a later request could read what one before it stores.
 #define DI inline
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -8,7 +9,7 @@ struct alignas(16) uint4 {
 namespace {
 
 template <int D> void run(const EnterArgs& P, int rows, int threads) {
-  for (int b = 0; b < rows; b++)
+  for (int b = rows - 1; b >= 0; b--)
     for (int head = 0; head < P.H; head++)
       for (int value = 0; value < 2; value++) {
         for (int t = 0; t < threads; t++) gather<D>(P, b, head, value, t, threads);
