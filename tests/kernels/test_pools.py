@@ -229,12 +229,13 @@ def cuda_engine(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype) -> CudaE
 
 
 TRELLIS = CacheSpec(SideSpec("trellis", 3.5, "unbiased", search=1), SideSpec("trellis", 2.5, "unbiased", search=1))
+COMPUTED = CacheSpec(SideSpec("computed", 3, "unbiased"), SideSpec("computed", 2, "unbiased"))
 
 
 @CALLS
 @pytest.mark.parametrize(("block_pages", "exact_tokens"), [(1, 16), (3, 32)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spec", [SPEC, TRELLIS], ids=["scalar", "trellis"])
+@pytest.mark.parametrize("spec", [SPEC, TRELLIS, COMPUTED], ids=["scalar", "trellis", "computed"])
 def test_pools_on_a_gpu(
     spec: CacheSpec, dtype: torch.dtype, block_pages: int, exact_tokens: int, shapes: list[tuple[int, int, int]]
 ) -> None:
@@ -253,7 +254,7 @@ def test_pools_on_a_gpu(
             assert close(got, want), f"sequence {i}"
 
 
-@pytest.mark.parametrize("spec", [SPEC, TRELLIS], ids=["scalar", "trellis"])
+@pytest.mark.parametrize("spec", [SPEC, TRELLIS, COMPUTED], ids=["scalar", "trellis", "computed"])
 def test_folds_beside_the_calls(spec: CacheSpec) -> None:
     """The same bytes as a fold that is waited for, in scattered places; what cannot be folded is flagged."""
     engine = cuda_engine(spec, LayerShape(2, HEADS, DIM, 2), torch.bfloat16)

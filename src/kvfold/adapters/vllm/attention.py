@@ -197,8 +197,8 @@ def refuse_config(config: VllmConfig) -> None:
         raise _unsupported("context parallelism")
     if parallel.use_ubatching:
         raise _unsupported("steps in micro-batches (--enable-dbo)")
-    if parallel.pipeline_parallel_size > 1 and chosen_spec().graded:
-        raise _unsupported("graded profiles with pipeline parallelism")
+    if parallel.pipeline_parallel_size > 1 and chosen_spec().by_place:
+        raise _unsupported("layers with bits of their own and pipeline parallelism")
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise _unsupported("a disabled hybrid KV cache manager, which exact tokens need,")
     transfer = config.kv_transfer_config

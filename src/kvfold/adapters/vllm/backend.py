@@ -29,26 +29,29 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from kvfold.adapters.vllm import chosen_spec
 from kvfold.adapters.vllm.step import Geometry, Step, plan
 from kvfold.cache.layer import AttendingEngine
-from kvfold.config import PAGE_TOKENS, CacheSpec
+from kvfold.config import PAGE_TOKENS
 from kvfold.engine.cuda import pooled, steps
 from kvfold.engine.cuda.engine import CudaEngine
 from kvfold.engine.request import LayerShape
 from kvfold.engine.select import make_engine
 from kvfold.errors import Unsupported
 
+GRADED_KINDS = 4  # as many layers as have all kinds of a graded cache among them: the first two, others, the last
+
 
 @functools.lru_cache
 def engines(kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[AttendingEngine]:
-    """One for each kind of layer: of a graded cache the first, those between and the last, of others they are alike."""
+    """One for each kind of layer: more than one where layers have bits of their own."""
     device, spec = torch.device(current_platform.device_type), chosen_spec()
     shape = LayerShape(0, kv_heads, head_dim, dtype.itemsize)
-    kinds: list[CacheSpec] = [spec.for_layer(place, 4) for place in (0, 2, 3)] if spec.graded else [spec]
+    layers = len(spec.bits_by_layer) or GRADED_KINDS
+    kinds = dict.fromkeys(spec.for_layer(place, layers) for place in range(layers))
     return [make_engine("auto", kind, shape, dtype, device) for kind in kinds]
 
 
 def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one page, as the engine that will run it lays them out. vLLM gives the pages of all layers one size: of a graded
-    cache, the largest."""
+    """Bytes of one page, as the engine that will run it lays them out. vLLM gives the pages of all layers one size, the
+    largest."""
     return max(engine.page_bytes for engine in engines(kv_heads, head_dim, dtype))
 
 

@@ -30,7 +30,7 @@ from kvfold.errors import NoImplementation
 from kvfold.rotation.reference import signs, stream
 
 HEAD_DIMS = (64, 128, 256)
-CODECS = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5)}
+CODECS = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5), "computed": (2, 3)}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_BATCH = 128  # kernels/ring.cuh
 COPY_MIN_CAPABILITY = (9, 0)  # bulk copies; below it cp.async

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.codebook import table
 from kvfold.codebook.trellis import Code, code
 from kvfold.codec.canonical import inverse_sqrt
-from kvfold.config import SCALES, CacheSpec, SideSpec
+from kvfold.config import SCALES, TRELLIS_CODECS, CacheSpec, SideSpec
 from kvfold.engine.cuda import driver
 from kvfold.engine.cuda.fragments import TRELLIS
 from kvfold.errors import NonFiniteInput
@@ -92,7 +92,7 @@ class TrellisFold(Fold):
     def __init__(self, spec: CacheSpec, *rest: Any) -> None:
         super().__init__(spec, *rest)
         device = self.signs.device
-        self.codes = [code(s.bits) for s in self.sides]
+        self.codes = [code(s.bits, s.codec) for s in self.sides]
         self.window_levels = [
             torch.from_numpy(np.concatenate([c.by_window[0], c.by_window[-1]]).astype(np.int8)).to(device)
             for c in self.codes
@@ -133,7 +133,7 @@ def folder(
 ) -> ScalarFold | TrellisFold | None:
     """None for a scalar code beside a trellis code, and for paths searched more than once: torch folds those."""
     trellis = [f > TRELLIS for f in formats]
-    again = any(s.codec == "trellis" and s.search > 1 for s in (spec.key, spec.value))
+    again = any(s.codec in TRELLIS_CODECS and s.search > 1 for s in (spec.key, spec.value))
     if again or (any(trellis) and not all(trellis)):
         return None
     return (TrellisFold if all(trellis) else ScalarFold)(spec, formats, signs, nonfinite, capability)
