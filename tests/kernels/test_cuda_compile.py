@@ -44,6 +44,18 @@ def test_decode_fits(arch: str, dim: int, groups: int) -> None:
         assert spilled <= SPILL_BUDGET["decode.cu"], (variant, spilled)
 
 
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("rates", [(1, 3.5), (3.5, 1)])
+def test_rates_far_from_each_other_fit(arch: str, rates: tuple[float, float]) -> None:
+    """Layers with bits of their own bring pairs that no profile has."""
+    key, value = (TRELLIS + int(2 * rate) for rate in rates)
+    warps, slots = plan_rings(128, (key, value), True, 1, shared_limit(CAPABILITY[arch]))
+    variant = (128, key, value, 1, 1, warps, slots, int(CAPABILITY[arch] >= (9, 0)), 0, 0)
+    registers, spilled = resources("decode.cu", variant, arch)
+    assert registers * warps * 32 <= 65536, registers
+    assert spilled <= SPILL_BUDGET["decode.cu"], spilled
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_logits_fit(arch: str) -> None:
     for dim, groups, key, value in ((64, 1, 17, 15), (128, 1, 4, 4), (128, 4, 1, 1), (256, 2, 3, 3)):
