@@ -43,13 +43,13 @@ def test_drafts() -> None:
 
 def test_a_prefix_that_another_completes_in_the_same_step() -> None:
     """A request that begins like another comes before, in and after the step that fills the other's page. It must not find that
-    page before it is there; the last that does not find it came in the same step."""
+    page before it is there: the third comes in the same step."""
     begun = [prompt(10 + i, 120) for i in range(4)]
     answers = through(False, [step(*begun, max_tokens=8)]).ids(0)
-    joins = enumerate(zip(begun, answers, strict=True), 6)  # vLLM may schedule a step ahead
+    joins = enumerate(zip(begun, answers, strict=True), 6)
     asked = [{**step(p, [*p, *ids, 7], max_tokens=ANSWER), "join": {"1": at}} for at, (p, ids) in joins]
-    planned, alone = (through(steps, asked) for steps in (False, True))
+    # Scheduling ahead, vLLM does not know the token that completes a page before the step after.
+    planned, alone = (through(steps, asked, async_scheduling=False) for steps in (False, True))
     found = [alone.cached(i)[1] for i in range(len(asked))]
-    assert found == sorted(found)
-    assert set(found) == {0, 128}
+    assert found == [0, 0, 0, 128]
     assert [alone.ids(i) for i in range(len(asked))] == [planned.ids(i) for i in range(len(asked))]
