@@ -196,7 +196,8 @@ class ExactManager(SlidingWindowManager):
         before = self.num_cached_block.get(request.request_id, 0)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
         after = self.num_cached_block.get(request.request_id, 0)
-        if (after - before - 1) * self.block_size < MOST_NEW:
+        computed = max(request.num_computed_tokens, self._hits.get(request.request_id, 0) * self.block_size)
+        if num_tokens - computed <= MOST_NEW:  # blocks are cached by whole pages, whenever their tokens came
             blocks = self.req_to_blocks[request.request_id][before:after]
             _FRESH.setdefault(self.block_pool, set()).update(b.block_id for b in blocks if not b.is_null)
 
