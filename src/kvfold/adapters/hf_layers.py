@@ -27,6 +27,8 @@ from kvfold.engine.select import make_engine
 from kvfold.engine.variant import PLAIN, Reach, Variant
 from kvfold.errors import CannotTrim, Unsupported
 
+REFERENCE_BYTES = 2  # per value: what ratios are against
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Nothing between `update` and the end of attention can be traced: pages are bytes behind handles.
@@ -71,6 +73,25 @@ class PagedLayer(CacheLayerMixin):
         return self.folded.variant.reach
 
     @property
+    def nbytes(self) -> int:
+        """Every byte allocated for keys and values."""
+        return self.folded.nbytes
+
+    @property
+    def reference_bytes(self) -> int:
+        """16 bits per key and value of its tokens, in windows of those read."""
+        total, most = 0, None if self.reach is None else self.reach.tokens
+        for s in self.folded.sequences:
+            kept = s.length if most is None else min(s.length, most)
+            total += REFERENCE_BYTES * kept * s.ring_k.shape[0] * (s.ring_k.shape[2] + s.ring_v.shape[2])
+        return total
+
+    @property
+    def expanded(self) -> bool:
+        """Whether the model attends by itself: see engine.variant."""
+        return self.folded.variant.expanded
+
+    @property
     def latent(self) -> bool:
         """Whether keys are latents and values their rotary parts: see engine.variant."""
         return self.folded.variant.latent
@@ -78,12 +99,26 @@ class PagedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, call: int = 0, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Two handles for the attention function. Nothing is stored before its attention was computed."""
+        """Two handles for the attention function; nothing is stored before its attention was computed. Models that attend by
+        themselves get keys and values of all tokens, which are stored at once: padding is not known here, and is stored, too."""
         if self.latent and key_states.shape[1] != 1:
             raise Unsupported("this transformers expands latents (MLA) before caching them", "Upgrade transformers")
         self.lazy_initialization(key_states, value_states)
+        if self.expanded:
+            return self._take(key_states, value_states, call)
         handle = Handle(self, call, key_states, value_states)
         return handle, handle
+
+    def _take(self, key_states: Tensor, value_states: Tensor, call: int) -> tuple[Tensor, Tensor]:
+        self.guard.begin(self.folded.layer, call)
+        stored = False
+        try:
+            every = self.folded.take(key_states, value_states, self.columns)
+            self.columns += key_states.shape[2]
+            stored = True
+        finally:
+            self.guard.end(self.folded.layer, stored)
+        return every
 
     @eager
     def attend(self, handle: Handle, call: AttendRequest, mask: LazyMask | None) -> Tensor:
@@ -223,6 +258,7 @@ class FoldedWindowLayer(PagedLayer):
 # Newer kinds of layers, which older versions have no name for.
 HybridWindowLayer = getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", LinearAttentionLayer)
 EmptyLayer = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)
+IndexedLayer: Any = getattr(cache_utils, "DynamicIndexedLayer", DynamicLayer)
 
 
 class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
@@ -254,6 +290,54 @@ class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
             if isinstance(x, dict):
                 setattr(other, name, copy.deepcopy(x))
         return other
+
+
+class FoldedIndexedLayer(FoldedLayer):
+    """A layer of sparse attention whose indexer has keys of its own for every token, which choose what queries read (DeepSeek
+    V3.2): they stay exact, since an error in them would be another choice."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._forget_indexer()
+
+    def _forget_indexer(self) -> None:
+        self.indexer_keys: Tensor | None = None
+        self.indexer_position_ids: Tensor | None = None  # [axes, batch, tokens], which models set themselves
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Append the indexer's keys [B, Q, D] of a call; returns those of all tokens."""
+        before = [] if self.indexer_keys is None else [self.indexer_keys]
+        self.indexer_keys = torch.cat([*before, indexer_key_states], dim=1)
+        return self.indexer_keys
+
+    @property
+    def nbytes(self) -> int:
+        beside = (self.indexer_keys, self.indexer_position_ids)
+        return super().nbytes + sum(x.nbytes for x in beside if x is not None)
+
+    @property
+    def reference_bytes(self) -> int:
+        return super().reference_bytes + (
+            0 if self.indexer_keys is None else REFERENCE_BYTES * self.indexer_keys.numel()
+        )
+
+    def _select(self, rows: list[int]) -> None:
+        super()._select(rows)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[rows]
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = self.indexer_position_ids[:, rows]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, : self.columns].clone()
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = self.indexer_position_ids[..., : self.columns].clone()
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget_indexer()
 
 
 STATE_LEVELS = 127  # of a recurrent state's codes, either side of zero
@@ -304,7 +388,11 @@ def own_windows(layer: Any) -> None:
 
 
 # What takes the place of which of transformers' layers.
-FOLDED = {DynamicLayer: FoldedLayer, LinearAttentionAndFullAttentionLayer: FoldedHybridLayer}
+FOLDED = {
+    IndexedLayer: FoldedIndexedLayer,
+    DynamicLayer: FoldedLayer,
+    LinearAttentionAndFullAttentionLayer: FoldedHybridLayer,
+}
 # Layers of other kinds stay as transformers has them: their memory is bounded.
 STOCK_LAYERS = (
     DynamicSlidingWindowLayer,

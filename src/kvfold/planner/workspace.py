@@ -19,9 +19,12 @@ ENGINE_BYTES = {"torch": 8 << 20, "cpu": 4 << 20}  # blocks of decoded pages and
 TORCH_QUERIES, TORCH_LATENT_QUERIES = 6, 3
 
 
-def workspace_bytes(model: Model, tokens: int, rows: int, dtype_bytes: int, runs: dict[int, str]) -> int:
-    """Of a call of `tokens` tokens of each of `rows` sequences, in bytes; logits of one position included. runs: the engine of
-    each layer that folds. Windows as they were before the call stay until it ends, for a way back."""
+def workspace_bytes(
+    model: Model, tokens: int, rows: int, dtype_bytes: int, runs: dict[int, str], context: int = 0
+) -> int:
+    """Of the call that reaches `context` tokens by `tokens` new ones of each of `rows` sequences, in bytes; logits of one
+    position included. runs: the engine of each layer that folds.
+    Windows as they were before the call stay until it ends, for a way back."""
     hidden = model.hidden * dtype_bytes * tokens
     mlp = (RESIDUALS + 1) * hidden + model.mlp_values * dtype_bytes * tokens
     linear = RESIDUALS * hidden + model.linear_values * FLOAT32_BYTES * tokens
@@ -31,6 +34,9 @@ def workspace_bytes(model: Model, tokens: int, rows: int, dtype_bytes: int, runs
             continue
         if (engine := runs.get(i)) is not None:
             own = _own(model, a) * dtype_bytes * tokens
+            if a.variant.expanded:
+                most = max(most, rows * (RESIDUALS * hidden + own + _expanded(model, a, tokens, context, dtype_bytes)))
+                continue
             blocks = _engine(model, a, engine, dtype_bytes) * tokens + ENGINE_BYTES.get(engine, 0)  # row after row
         else:
             own, blocks = _exact(model, a, tokens, dtype_bytes), 0
@@ -56,6 +62,15 @@ def _engine(model: Model, a: Attention, engine: str, dtype_bytes: int) -> int:
     queries = TORCH_LATENT_QUERIES if a.latent else TORCH_QUERIES
     copied = 0 if dtype_bytes == FLOAT32_BYTES else a.values
     return (queries * _query(model, a) + copied) * FLOAT32_BYTES
+
+
+def _expanded(model: Model, a: Attention, tokens: int, context: int, dtype_bytes: int) -> int:
+    """Bytes of a call of a model that attends by itself: keys and values of all tokens, decoded, once more for every query head,
+    and its scores with their softmax."""
+    every = max(tokens, context)
+    repeated = model.query_heads * (a.key_dim + a.value_dim) if model.query_heads != a.kv_heads else 0
+    scores = model.query_heads * tokens * model.scores.bytes_each(dtype_bytes)
+    return every * ((a.values + repeated) * dtype_bytes + scores)
 
 
 def _exact(model: Model, a: Attention, tokens: int, dtype_bytes: int) -> int:
