@@ -142,7 +142,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"multi_query": True},
     "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
     "gptj": {"rotary_dim": 8},
-    "glm5_next_text": {"index_topk": 48, "qk_rope_head_dim": 0},
     "granitemoehybrid": {"layer_types": HALF_LINEAR, "shared_intermediate_size": 16},
     "helium": {"head_dim": 8},
     "hrm_text": {"num_hidden_layers": 1},  # which runs eight times
@@ -243,7 +242,7 @@ FOLDING = tuple(f for f in FAMILIES if f not in REFUSED)
 
 def sizes_of(known: Any, family: str) -> dict[str, Any]:
     """What a config of the family is made of; known: one with its defaults."""
-    sizes = {k: v for k, v in SIZES.items() if _settable(known, k)}
+    sizes = {k: v for k, v in SIZES.items() if settable(known, k)}
     if "kv_lora_rank" in sizes:
         sizes.pop("head_dim", None)
         sizes |= MLA_HEADS
@@ -260,7 +259,7 @@ def config(family: str) -> Any:
     return own
 
 
-def _settable(known: Any, name: str) -> bool:
+def settable(known: Any, name: str) -> bool:
     """Whether the class has this attribute and lets it be chosen."""
     try:
         setattr(copy.copy(known), name, getattr(known, name))

@@ -1,5 +1,5 @@
-"""`kvfold plan` and `kvfold doctor` of the default config of every model type of transformers that writes text: an answer or a refusal
-that says what to do, never a traceback."""
+"""`kvfold plan` and `kvfold doctor` of the default config of every model type of transformers that writes text: an answer or a
+refusal that says what to do, never a traceback."""
 
 from __future__ import annotations
 

@@ -86,45 +86,13 @@ SINK_LOGITS = {
 # Families that compute attention in ways of their own, or change keys after caching them: folded caches hand them decoded keys
 # and values.
 EXPANDED = (
-    *(
-        "big_bird",
-        "bigbird_pegasus",
-        "bloom",
-        "codegen",
-        "cpmant",
-        "diffllama",
-        "doge",
-        "falcon",
-        "fsmt",
-        "git",
-        "gpt_neo",
-    ),
-    *(
-        "gpt_neox_japanese",
-        "gptj",
-        "jetmoe",
-        "led",
-        "megatron-bert",
-        "mpt",
-        "mvp",
-        "nllb-moe",
-        "pegasus_x",
-        "prophetnet",
-    ),
-    *("rembert", "roformer", "trocr", "xglm"),
+    *("big_bird", "bigbird_pegasus", "bloom", "codegen", "cpmant", "diffllama", "doge", "falcon", "fsmt", "git"),
+    *("gpt_neo", "gpt_neox_japanese", "gptj", "jetmoe", "led", "megatron-bert", "mpt", "mvp", "nllb-moe", "pegasus_x"),
+    *("prophetnet", "rembert", "roformer", "trocr", "xglm"),
     # A bias by position.
     *("inkling_text", "inkling2_text", "longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"),
     # Sparse attention: an indexer chooses what is read.
-    *(
-        "axk2",
-        "deepseek_v32",
-        "dots3_note_text",
-        "glm5_next_text",
-        "glm_moe_dsa",
-        "hy_v4",
-        "mistral_large4_text",
-        "qwen4_exp_text",
-    ),
+    *("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"),
 )
 # How many copies of their scores these hold: a matter of their code.
 SCORES = {"gpt_oss": Scores(3), "mimo_v2_flash": Scores(2), "flint": Scores(3, wide=True)}
@@ -160,6 +128,7 @@ def read(config: Config) -> Model:
         vocabulary=int(text.get("vocab_size") or config.get("vocab_size") or 0),
         max_context=next((n for k in CONTEXTS if (n := int(text.get(k) or 0)) > 0), None),
         scores=SCORES.get(name, Scores()),
+        streams=int(text.get("altup_num_inputs") or 1),
     )
 
 

@@ -90,6 +90,7 @@ class Scores:
 class Model:
     """name: its model_type. mlp_values: numbers of a token that the MLP, or the experts that it runs through, hold at once.
     linear_values: float32 numbers of a token that a linear-attention or state-space layer holds at once, 0 without such layers.
+    streams: hidden states of a token that are carried from layer to layer (Gemma 3n: several).
     """
 
     name: str
@@ -102,3 +103,4 @@ class Model:
     vocabulary: int
     max_context: int | None = None
     scores: Scores = Scores()
+    streams: int = 1
