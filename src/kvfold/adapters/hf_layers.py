@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from kvfold.adapters.hf_attention import Handle, LazyMask, Runs, no_pads
+from kvfold.adapters.hf_coded import CodedStateLayer, select_states
 from kvfold.cache.guard import CallGuard
 from kvfold.cache.layer import FoldedAttention
 from kvfold.config import PAGE_TOKENS, CacheSpec
@@ -278,7 +279,7 @@ class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
 
     def _select(self, rows: list[int]) -> None:
         super()._select(rows)
-        _select_states(self, torch.tensor(rows))
+        select_states(self, torch.tensor(rows))
 
     def reset(self) -> None:
         FoldedLayer.reset(self)
@@ -338,45 +339,6 @@ class FoldedIndexedLayer(FoldedLayer):
     def reset(self) -> None:
         super().reset()
         self._forget_indexer()
-
-
-STATE_LEVELS = 127  # of a recurrent state's codes, either side of zero
-
-
-class CodedStateLayer(LinearAttentionLayer):
-    """A linear-attention layer whose recurrent state lies in int8 codes between calls, with one scale for each vector along its
-    last axis. The convolution's state stays as it is: transformers changes it in place."""
-
-    def __init__(self, number_of_states: int = 1, **kwargs: Any) -> None:
-        super().__init__(number_of_states, **kwargs)
-        self.codes: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
-        self.scales: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
-
-    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Keep a state; returns what the next call will be given."""
-        scale = recurrent_states.abs().amax(-1, keepdim=True) / STATE_LEVELS
-        codes = torch.where(scale > 0, recurrent_states / scale, 0).round().clamp(-STATE_LEVELS, STATE_LEVELS)
-        self.codes[state_idx], self.scales[state_idx] = codes.to(torch.int8), scale
-        self.is_recurrent_states_initialized[state_idx] = True
-        return self.recurrent_state(state_idx)
-
-    def recurrent_state(self, state_idx: int) -> Tensor:
-        """A state in the dtype it came in. Raises KeyError for one that never came."""
-        codes, scale = self.codes[state_idx], self.scales[state_idx]
-        if codes is None or scale is None:
-            raise KeyError(state_idx)
-        return codes * scale
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        _select_states(self, beam_idx)
-
-
-def _select_states(layer: LinearAttentionLayer, rows: Tensor) -> None:
-    """Keep, repeat or permute the rows of every state."""
-    for states in vars(layer).values():
-        for i, x in states.items() if isinstance(states, dict) else ():
-            if isinstance(x, Tensor):
-                states[i] = x[rows.to(x.device)]
 
 
 def own_windows(layer: Any) -> None:

@@ -20,11 +20,11 @@ from transformers.cache_utils import (
 )
 
 from kvfold.adapters.hf_attention import attach, detach, no_gradients, register
+from kvfold.adapters.hf_coded import CodedStateLayer
 from kvfold.adapters.hf_families import CODED_STATES, LATENT, NOT_FOLDED
 from kvfold.adapters.hf_layers import (
     FOLDED,
     STOCK_LAYERS,
-    CodedStateLayer,
     FoldedHybridLayer,
     FoldedIndexedLayer,
     FoldedLayer,
@@ -38,7 +38,6 @@ from kvfold.adapters.hf_layers import (
 )
 from kvfold.adapters.hf_state import tensor_bytes
 from kvfold.adapters.hf_weights import weights_bytes
-from kvfold.broken import first_line, raised
 from kvfold.cache.fidelity import Fidelity
 from kvfold.cache.guard import CallGuard
 from kvfold.cache.sizes import folds_smaller
@@ -79,10 +78,9 @@ class FoldedCache(Cache):
             )
         try:
             layers: list[Any] = DynamicCache(config=config).layers
-        except raised() as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise Unsupported(
-                f"transformers makes no cache of its own for a {config.model_type} ({type(error).__name__}: "
-                f"{first_line(error)})",
+                f"transformers makes no cache of its own for a {config.model_type} ({type(error).__name__}: {error})",
                 "Pass the config of the part that decodes text, or use the model without a folded cache",
             ) from error
         if not layers:

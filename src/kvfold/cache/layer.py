@@ -231,16 +231,13 @@ class FoldedAttention:
         self._store(k, v, pads)
 
     def take(self, k: Tensor, v: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Append a call's keys and values [B, H, Q, D] and return those of all tokens, [B, H, columns + Q, D]: the call's own
-        exactly, folded ones decoded. Rows with fewer tokens than `columns` begin with zeros."""
+        """Append k, v [B, H, Q, D]; returns those of all tokens [B, H, columns + Q, D], decoded where folded, zeros first."""
         self.prepare(k, v)
-        every = [x.new_zeros(*x.shape[:2], columns + x.shape[2], x.shape[3]) for x in (k, v)]
-        for s, *row in zip(self.sequences, *every, strict=True):
-            s.expand(*(x[:, columns - s.length : columns] for x in row))
-        for x, new in zip(every, (k, v), strict=True):
-            x[:, :, columns:] = new
+        all_k, all_v = (torch.cat([x.new_zeros(*x.shape[:2], columns, x.shape[3]), x], dim=2) for x in (k, v))
+        for b, s in enumerate(self.sequences):
+            s.expand(*(x[b, :, columns - s.length : columns] for x in (all_k, all_v)))
         self.append(k, v, [0] * len(k))
-        return every[0], every[1]
+        return all_k, all_v
 
     def _store(self, k: Tensor, v: Tensor, pads: Sequence[int], call: AttendRequest | None = None) -> None:
         staged = []
