@@ -26,8 +26,8 @@ HEAD = """# Families
 What a `FoldedCache` does with models of transformers. Written by `scripts/families.py`, which runs each family as
 `tests/adapters/test_families.py` does: a tiny model with random weights, a left-padded batch, prefilled in two calls and
 continued by single tokens. **equal** means that a cache of the profile `lossless` gives the logits of the stock cache, up
-to float32 rounding; folded profiles run the same path. Everything else is refused by the message in the last column,
-before a token is stored. `tests/adapters/test_family_modes.py` takes every family that is equal through beams, two turns of one
+to float32 rounding; folded profiles run the same path. What is refused, with the message in the last column, is refused before a token is
+stored: types that transformers runs without a cache of keys and values, or with one of their own that takes no other's place. `tests/adapters/test_family_modes.py` takes every family that is equal through beams, two turns of one
 cache, and sessions: forked, gone back, saved and loaded, decoded together.
 
 Layers are of the family's default config: *folded* ones; *windows*, sliding or chunked layers that fold, because they take less folded
@@ -35,6 +35,12 @@ than the exact tokens that they read (CPU; on a GPU, which has no kernels for th
 as it is;
 *state*, recurrent or convolutional; a layer with attention and a state beside it counts in both. The engine is the one `kvfold doctor` names for profile `balanced` on a CPU; where it is
 `torch`, head size or softmax (softcap, sink logits) has no native kernel, or keys and values differ in size.
+
+Models that attend by themselves, because transformers gives them no choice of attention (Bloom, Falcon, GPT-J, MPT), or that change keys after
+caching them (DiffLlama, Doge, JetMoe), or add a bias by position (Inkling, T5), or choose what queries read by an indexer (DeepSeek V3.2,
+GLM-5), are handed decoded keys and values, layer by layer and for as long as the layer takes: memory between calls is that of any
+folded cache, a step costs the decoding of all pages. Padding is stored there like tokens. The engine named is the one that decodes. Keys
+of indexers stay as they are, since an error in them would be another choice; they are counted in the cache and in what it is compared with.
 
 Multi-head latent attention (DeepSeek, Kimi, GLM-4.7-Flash and others): the latent, which is key and value at once, is folded as keys of
 the profile are; the rotary part of the key stays as it is. Attention is absorbed: queries go to the latents' space, nothing is
@@ -53,7 +59,7 @@ Softcapped models: load them with `attn_implementation="eager"` where transforme
 softcap out in layers that stay exact. Folded layers apply it always.
 
 Beside these, `tests/adapters/test_composite.py` holds: encoder-decoders (Bart) fold the decoder's own attention in
-`EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact; positions in three axes (Qwen2-VL with an
+`EncoderDecoderCache(FoldedCache(config), DynamicCache())` and keep cross-attention exact (T5, M2M-100 and their like as well); positions in three axes (Qwen2-VL with an
 image) are equal, ten families that see are equal on text (Gemma 3, Qwen3-VL, Qwen3.5, Kimi-K2.5, InternVL, Llava and others); images that
 attend to themselves in both directions (Gemma 3 with images, PaliGemma) and caches that hold cross-attention (Mllama) are refused.
 """

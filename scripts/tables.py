@@ -113,6 +113,8 @@ def legs_table() -> str:
 def eval_table() -> str:
     body = []
     for r in latest(read("eval")):
+        if option(r, "key-codec", ""):
+            continue  # no profile's: a table of their own
         model = model_name(r)
         profile = "plain" if "--no-centre" in r["command"] else option(r, "profile", "balanced")
         if skip := option(r, "skip", ""):

@@ -6,6 +6,7 @@ installed transformers does not have are left out.
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -49,6 +50,7 @@ SIZES: dict[str, Any] = {
     "q_lora_rank": 24,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
+    "index_topk": 40,  # sparse attention: fewer than the tokens there are
     "v_head_dim": 16,
     # linear attention and state spaces
     "linear_num_key_heads": 2,
@@ -87,12 +89,37 @@ CHUNKS = (70, LENGTH)  # ends of the prefill's calls; the second row's pads end 
 # Of the spread of the logits: what float32 sums in other orders come to through four layers of wide weights.
 ROUNDING = 2e-4
 HALF_LINEAR = ["linear_attention", "full_attention"] * 2
+BERTS = (  # decoders if asked to be
+    *(
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "megatron-bert",
+        "rembert",
+    ),
+    *("roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl"),
+)
 OVERRIDES: dict[str, dict[str, Any]] = {
     "axk1": {"topk_method": "greedy"},
     "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 8},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            k: {"rope_type": "default", "rope_theta": 10000.0} for k in ("sliding_attention", "full_attention")
+        },
+    },
+    "cpmant": {"dim_head": 8, "dim_ff": 48, "segment_types": 8},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48},
+    },
     "bailing_hybrid": {"layer_types": HALF_LINEAR},
+    **{k: {"is_decoder": True} for k in BERTS},
     "deepseek_v2": {"topk_method": "greedy"},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
@@ -117,6 +144,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": HALF_LINEAR, "shared_intermediate_size": 16},
     "helium": {"head_dim": 8},
+    "hrm_text": {"num_hidden_layers": 1},  # which runs eight times
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
     "inkling2_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
@@ -131,7 +159,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "olmo_hybrid": {"layer_types": HALF_LINEAR},
     "qwen3_5_moe_text": {"layer_types": HALF_LINEAR},
     "qwen3_5_text": {"layer_types": HALF_LINEAR},
+    "prophetnet": {
+        "num_decoder_layers": 4,
+        "num_decoder_attention_heads": 4,
+        "num_encoder_layers": 4,
+        "is_decoder": True,
+    },
     "qwen3_next": {"layer_types": HALF_LINEAR},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 100,
+        "make_ngram_vocab_size_divisible_by": 4,
+        "split_ngram_parts": 1,
+        "hc_lowrank": 8,
+    },
     "whisper": {"num_key_value_heads": 4, "head_dim": 8},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -178,33 +224,25 @@ FAMILIES = tuple(
         *("axk2", "blenderbot-small", "deepseek_v32", "deepseek_v4", "falcon_mamba"),
         *("glm_moe_dsa", "gpt_neox_japanese", "hy_v4", "inkling2_text", "mvp", "openai-gpt"),
         *("rwkv", "trocr", "xlstm"),
+        *("beam", *BERTS, "cohere_compass_text", "dbrx", "dots3_note_text", "git", "hrm_text", "qwen4_exp_text"),
     )
     if t in CONFIG_MAPPING
 )
 # Refused by name, and what the refusal says.
 REFUSED = {
-    **dict.fromkeys(
-        (
-            *("bloom", "codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"),
-            *("mvp", "openai-gpt", "rwkv", "trocr", "xglm"),
-        ),
-        "does not let its attention implementation be chosen",
-    ),
-    **dict.fromkeys(("inkling_text", "inkling2_text"), "adds a bias by position"),
-    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"), "a latent .MLA. in a way that was not tested"),
+    **dict.fromkeys(("openai-gpt", "rwkv"), "has no cache in transformers"),
     "deepseek_v4": "unknown cache kind",
     **dict.fromkeys(("mamba", "falcon_mamba"), "keeps keys and values"),
     "xlstm": "running states outside",
-    "minimax": "a cache of its own kind",
+    "minimax": "no cache but one of its own kind",
     "recurrent_gemma": "running states in its modules",
-    **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
 }
 FOLDING = tuple(f for f in FAMILIES if f not in REFUSED)
 
 
 def sizes_of(known: Any, family: str) -> dict[str, Any]:
     """What a config of the family is made of; known: one with its defaults."""
-    sizes = {k: v for k, v in SIZES.items() if _settable(known, k)}
+    sizes = {k: v for k, v in SIZES.items() if settable(known, k)}
     if "kv_lora_rank" in sizes:
         sizes.pop("head_dim", None)
         sizes |= MLA_HEADS
@@ -221,16 +259,15 @@ def config(family: str) -> Any:
     return own
 
 
-def _settable(known: Any, name: str) -> bool:
+def settable(known: Any, name: str) -> bool:
     """Whether the class has this attribute and lets it be chosen."""
     try:
-        getattr(known, name)
-    except AttributeError:
+        setattr(copy.copy(known), name, getattr(known, name))
+    except (AttributeError, NotImplementedError):
         return False
     except RuntimeError:  # layers differ in it
-        return True
-    kind = getattr(type(known), name, None)
-    return not isinstance(kind, property) or kind.fset is not None
+        pass
+    return True
 
 
 @functools.cache

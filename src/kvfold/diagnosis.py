@@ -116,6 +116,9 @@ def _engine_of(spec: CacheSpec, attention: Attention, dtype_bytes: int, device: 
         return {"folds": False, "why_not": str(error)}
     passed = [(n, r) for n, r in explain(ENGINES, spec_of(spec, attention), shape, dtype, torch.device(device)) if r]
     before = passed[: [e.name for e in ENGINES].index(name)]
+    if attention.variant.expanded:
+        by_itself = "the model attends by itself, to keys and values that this engine decodes in every call"
+        return {"folds": True, "why_not": "", "engine": name, "passed_over": by_itself}
     return {
         "folds": True,
         "why_not": "",

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -194,8 +194,11 @@ def complete(config: Any) -> dict[str, Any]:
     """A transformers config as the content of a config.json, derived keys included."""
     text = config.get_text_config(decoder=True)
     keys = {"layer_types": getattr(text, "layer_types", None), "dtype": text.dtype or config.dtype}
-    # Names that a class only maps to older ones of its own.
-    mapped = {n: getattr(text, n, None) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers")}
+    # Names that a class only maps to older ones of its own; where layers differ in one, it has no value of its own to ask for.
+    mapped = {}
+    for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
+        with suppress(AttributeError, RuntimeError):
+            mapped[name] = getattr(text, name)
     return {**mapped, **text.to_dict(), **{k: v for k, v in keys.items() if v is not None}}
 
 

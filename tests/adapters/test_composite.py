@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     BartConfig,
     BartForConditionalGeneration,
     DynamicCache,
@@ -65,6 +66,39 @@ def test_encoder_decoders_fold_what_the_decoder_reads_of_itself() -> None:
         assert all(s.folded for x in folded.folded_layers for s in x.folded.sequences)
         with pytest.raises(KvfoldError):
             model(input_ids=source, decoder_input_ids=target, past_key_values=kvfold.FoldedCache(config, "lossless"))
+
+
+ENCODERS: dict[str, Any] = {
+    **dict.fromkeys(("encoder_layers", "num_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "num_heads", "encoder_expert_capacity"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "d_ff"), 48),
+    "d_kv": 8,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["t5", "mt5", "umt5", "longt5", "m2m_100", "nllb-moe", "led", "fsmt", "pegasus_x"])
+def test_decoders_with_a_bias_or_attention_of_their_own(family: str) -> None:
+    known = CONFIG_MAPPING[family]()
+    sizes = {k: x for k, x in (families.SIZES | ENCODERS).items() if families.settable(known, k)}
+    sizes |= {"decoder_start_token_id": 1, "eos_token_id": 2}
+    sizes.pop("num_hidden_layers", None)
+    torch.manual_seed(0)
+    model = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(known)](type(known)(**sizes)).eval()
+    source, target = prompt(1, 40), prompt(1, LENGTH, seed=1)
+
+    def logits(own: Any) -> Tensor:
+        cache = EncoderDecoderCache(own, DynamicCache())
+        parts = [
+            model(input_ids=source, decoder_input_ids=x, past_key_values=cache).logits for x in target.split(150, 1)
+        ]
+        return torch.cat(parts, 1)
+
+    want = logits(DynamicCache(config=model.config))
+    with kvfold.attach(model):
+        folded = kvfold.FoldedCache(model.config, "lossless")
+        assert close(logits(folded), want)
+    assert all(s.folded for x in folded.folded_layers for s in x.folded.sequences)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,12 @@ def turns(model: Any, cache: Any) -> Tensor:
     return first
 
 
-@pytest.mark.parametrize("run", [beams, turns])
-@pytest.mark.parametrize("family", FOLDING)
+NOT_BY_STOCK = {("mpt", turns)}  # transformers itself fails: it gives the model a call without tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "run"), [x for x in itertools.product(FOLDING, (beams, turns)) if x not in NOT_BY_STOCK]
+)
 def test_ids_are_those_of_the_stock_cache(family: str, run: Any) -> None:
     model = make(family)
     kvfold.detach(model)

@@ -11,8 +11,8 @@ from tests.families import make, prompt
 from torch import Tensor
 
 import kvfold
+from kvfold.adapters.hf_coded import CodedStateLayer
 from kvfold.adapters.hf_families import CODED_STATES
-from kvfold.adapters.hf_layers import CodedStateLayer
 from kvfold.errors import InvalidConfig, Unsupported
 from kvfold.loading import complete
 from kvfold.planner.architecture import read

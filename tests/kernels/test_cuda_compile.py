@@ -79,6 +79,13 @@ def test_fold_and_unfold_stay_in_registers(arch: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_entering_fits(arch: str) -> None:
+    for dim in (64, 128, 256):
+        registers, spilled = resources("enter.cu", (dim,), arch)
+        assert (registers <= 64, spilled) == (True, 0), (dim, registers, spilled)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("widths", [(1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4)])
 def test_search_fits(arch: str, widths: tuple[int, int]) -> None:
     registers, spilled = resources("viterbi.cu", (128, *widths), arch)

@@ -16,6 +16,7 @@ from kvfold.engine.cpu import library, pooled
 from kvfold.engine.cpu.engine import CpuEngine
 from kvfold.engine.cuda import pooled as on_cuda
 from kvfold.engine.cuda.engine import CudaEngine, why_not
+from kvfold.engine.cuda.steps import Watch
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.pools import PooledCall, PooledFold, Pools
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
@@ -255,7 +256,7 @@ def test_pools_on_a_gpu(
 
 @pytest.mark.parametrize("spec", [SPEC, TRELLIS, COMPUTED], ids=["scalar", "trellis", "computed"])
 def test_folds_beside_the_calls(spec: CacheSpec) -> None:
-    """The same bytes as a fold that is waited for, in scattered places; what cannot be folded is told when it is waited for."""
+    """The same bytes as a fold that is waited for, in scattered places; what cannot be folded is flagged."""
     engine = cuda_engine(spec, LayerShape(2, HEADS, DIM, 2), torch.bfloat16)
     host = Host(engine, 3, 16, torch.bfloat16, GPU)
     folding = on_cuda.Folding(engine)
@@ -268,14 +269,23 @@ def test_folds_beside_the_calls(spec: CacheSpec) -> None:
     folding.fold(
         [PooledFold(keys[at].clone(), values[at].clone(), first, numbers[at]) for at, first in parts], host.pools
     )
-    folding.settle()
+    on_cuda.join()
     assert all(torch.equal(host.pools.row(n), row) for n, row in zip(numbers.tolist(), want, strict=True))
     keys[1, 0, 3, 5] = float("nan")
+    watch = Watch(GPU)
+    engine.report_to(watch.flag(2))
+    watch.look()
     folding.fold([PooledFold(keys, values, True, numbers)], host.pools)
+    on_cuda.join()
+    watch.look()
+    torch.cuda.synchronize()
     with pytest.raises(NonFiniteInput):
-        folding.settle()
+        watch.look()
     folding.fold([PooledFold(keys[:1], values[:1], True, numbers[:1])], host.pools)
-    folding.settle()
+    on_cuda.join()
+    for _ in range(2):
+        watch.look()
+        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("name", ["torch", "cpu"])

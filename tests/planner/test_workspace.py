@@ -81,6 +81,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "kimi_linear",
         {**LATENT, "layer_types": ["linear_attention", "full_attention"], "linear_num_heads": 4, "linear_head_dim": 32},
     ),
+    "experts that see all tokens": (
+        "llama4_text",
+        {
+            "attention_chunk_size": 1024,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 1,
+            "intermediate_size_mlp": 512,
+        },
+    ),
+    "streams": (
+        "gemma3n_text",
+        {
+            "hidden_size": 512,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 512,
+            "hidden_size_per_layer_input": 32,
+            "laurel_rank": 16,
+            "activation_sparsity_pattern": [0.0, 0.0],
+        },
+    ),
+    "attention of the model's own": ("bloom", {}),
     "mamba 2": (
         "bamba",
         {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1},

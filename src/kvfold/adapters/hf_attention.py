@@ -22,9 +22,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, Attent
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvfold.adapters.hf_families import NOT_FOLDED
 from kvfold.engine.request import AttendRequest
 from kvfold.engine.variant import Reach
 from kvfold.errors import InvalidConfig, NotAttached, Unsupported
+from kvfold.planner.architecture import variant_of
 
 NAME = "kvfold"
 
@@ -314,20 +316,29 @@ def is_attached(model: Any) -> bool:
 def _set(model: Any, name: str) -> None:
     model.set_attn_implementation(name)
     if _implementation(model) != name:  # transformers only warns
-        raise _not_chosen(type(model))
+        raise _not_chosen(type(model), model.config)
 
 
-def _not_chosen(kind: type) -> Unsupported:
+def _not_chosen(kind: type, config: Any) -> Unsupported:
+    if (why := NOT_FOLDED.get(config.model_type)) is not None:
+        return Unsupported(f"{config.model_type} {why}", "Use it without a folded cache")
     return Unsupported(
         f"{kind.__name__} does not let its attention implementation be chosen", "Use the stock cache for it"
     )
 
 
+def is_expanded(config: Any) -> bool:
+    """Whether models of this config attend by themselves."""
+    return variant_of(config.get_text_config(decoder=True).to_dict(), slides=False).expanded
+
+
 def check_family(config: Any) -> None:
     """Raise what `attach` would raise for a model of this config, where transformers knows its class."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if is_expanded(config):
+        return
     if kind is not None and not kind._can_set_attn_implementation():
-        raise _not_chosen(kind)
+        raise _not_chosen(kind, config)
 
 
 class Attached:
@@ -346,11 +357,14 @@ class Attached:
 
 
 def attach(model: Any) -> Attached:
-    """Let a transformers model's attention read folded caches. Stock caches still work; `detach` undoes it.
+    """Let a transformers model's attention read folded caches. Stock caches still work; `detach` undoes it. Models that attend by
+    themselves are left as they are: their caches hand them keys and values.
 
     Raises InvalidConfig for what is not a transformers model and Unsupported if its attention cannot be replaced.
     """
     before = _implementation(model)
+    if is_expanded(model.config):
+        return Attached(model, before)
     _keep_latents(model)
     if not before.startswith(NAME):
         _set(model, register(before))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from kvfold.adapters.hf_layers import PagedLayer
+from kvfold.adapters.hf_layers import FoldedIndexedLayer, PagedLayer
 from kvfold.adapters.hf_state import tensors_of
 from kvfold.adapters.hf_transformers import FoldedCache
 from kvfold.cache.guard import CallGuard
@@ -121,6 +121,13 @@ def _gather_stock(layer: Any, rows: Sequence[Any], columns: int) -> None:
         layer.cumulative_length = columns
         for x in rows:
             x.keys = x.values = None
+    if isinstance(layer, FoldedIndexedLayer) and layer.indexer_keys is not None:
+        pads = [columns - x.columns for x in rows]
+        pad = torch.nn.functional.pad
+        layer.indexer_keys = torch.cat([pad(x.indexer_keys, (0, 0, n, 0)) for x, n in zip(rows, pads, strict=True)])
+        if layer.indexer_position_ids is not None:
+            positions = [pad(x.indexer_position_ids, (n, 0)) for x, n in zip(rows, pads, strict=True)]
+            layer.indexer_position_ids = torch.cat(positions, dim=1)
     if isinstance(layer, LinearAttentionLayer):
         for name in _states(layer):
             setattr(layer, name, {i: _rows([getattr(x, name)[i] for x in rows]) for i in getattr(layer, name)})
@@ -147,6 +154,10 @@ def _scatter_stock(batch: Any, layer: Any, row: int, length: int) -> None:
         kept = min(length, batch.keys.shape[2])
         layer.keys, layer.values = (x[row : row + 1, :, -kept:].clone() for x in (batch.keys, batch.values))
         layer.cumulative_length = length
+    if isinstance(layer, FoldedIndexedLayer) and batch.indexer_keys is not None:
+        layer.indexer_keys = batch.indexer_keys[row : row + 1, -length:].clone()
+        if batch.indexer_position_ids is not None:
+            layer.indexer_position_ids = batch.indexer_position_ids[:, row : row + 1, -length:].clone()
     if not isinstance(layer, LinearAttentionLayer):
         return
     for name in _states(batch):

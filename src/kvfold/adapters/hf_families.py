@@ -9,13 +9,11 @@ LATENT = (
 )
 # Families that a folded cache cannot serve, and why: each would be silently wrong, or fail half-way through a call.
 NOT_FOLDED = {
-    **dict.fromkeys(("diffllama", "doge", "jetmoe"), "changes keys after caching them"),
-    "dots3_note_text": "has latents of another width, or none, from layer to layer",
-    **dict.fromkeys(("inkling_text", "inkling2_text"), "adds a bias by position to its scores (position_bias)"),
-    "minimax": "makes a cache of its own kind",
+    "minimax": "takes no cache but one of its own kind",
     "mllama_text_model": "keeps what its cross-attention reads in the same cache",
     "recurrent_gemma": "keeps running states in its modules, outside of caches",
-    **dict.fromkeys(("rwkv", "xlstm"), "keeps running states outside of caches of this kind"),
+    **dict.fromkeys(("openai-gpt", "rwkv"), "has no cache in transformers"),
+    "xlstm": "keeps running states outside of caches of this kind",
 }
 # Families whose layers hand every new running state to the cache, which may then keep it in codes. State-space layers change
 # theirs in place.

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from kvfold.adapters.hf_attention import Handle, LazyMask, Runs, no_pads
+from kvfold.adapters.hf_coded import CodedStateLayer, select_states
 from kvfold.cache.guard import CallGuard
 from kvfold.cache.layer import FoldedAttention
 from kvfold.config import PAGE_TOKENS, CacheSpec
@@ -26,6 +27,8 @@ from kvfold.engine.request import AttendRequest
 from kvfold.engine.select import make_engine
 from kvfold.engine.variant import PLAIN, Reach, Variant
 from kvfold.errors import CannotTrim, Unsupported
+
+REFERENCE_BYTES = 2  # per value: what ratios are against
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,6 +74,25 @@ class PagedLayer(CacheLayerMixin):
         return self.folded.variant.reach
 
     @property
+    def nbytes(self) -> int:
+        """Every byte allocated for keys and values."""
+        return self.folded.nbytes
+
+    @property
+    def reference_bytes(self) -> int:
+        """16 bits per key and value of its tokens, in windows of those read."""
+        total, most = 0, None if self.reach is None else self.reach.tokens
+        for s in self.folded.sequences:
+            kept = s.length if most is None else min(s.length, most)
+            total += REFERENCE_BYTES * kept * s.ring_k.shape[0] * (s.ring_k.shape[2] + s.ring_v.shape[2])
+        return total
+
+    @property
+    def expanded(self) -> bool:
+        """Whether the model attends by itself: see engine.variant."""
+        return self.folded.variant.expanded
+
+    @property
     def latent(self) -> bool:
         """Whether keys are latents and values their rotary parts: see engine.variant."""
         return self.folded.variant.latent
@@ -78,12 +100,26 @@ class PagedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, call: int = 0, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Two handles for the attention function. Nothing is stored before its attention was computed."""
+        """Two handles for the attention function; nothing is stored before its attention was computed. Models that attend by
+        themselves get keys and values of all tokens, which are stored at once: padding is not known here, and is stored, too."""
         if self.latent and key_states.shape[1] != 1:
             raise Unsupported("this transformers expands latents (MLA) before caching them", "Upgrade transformers")
         self.lazy_initialization(key_states, value_states)
+        if self.expanded:
+            return self._take(key_states, value_states, call)
         handle = Handle(self, call, key_states, value_states)
         return handle, handle
+
+    def _take(self, key_states: Tensor, value_states: Tensor, call: int) -> tuple[Tensor, Tensor]:
+        self.guard.begin(self.folded.layer, call)
+        stored = False
+        try:
+            every = self.folded.take(key_states, value_states, self.columns)
+            self.columns += key_states.shape[2]
+            stored = True
+        finally:
+            self.guard.end(self.folded.layer, stored)
+        return every
 
     @eager
     def attend(self, handle: Handle, call: AttendRequest, mask: LazyMask | None) -> Tensor:
@@ -223,6 +259,7 @@ class FoldedWindowLayer(PagedLayer):
 # Newer kinds of layers, which older versions have no name for.
 HybridWindowLayer = getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", LinearAttentionLayer)
 EmptyLayer = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)
+IndexedLayer: Any = getattr(cache_utils, "DynamicIndexedLayer", DynamicLayer)
 
 
 class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
@@ -242,7 +279,7 @@ class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
 
     def _select(self, rows: list[int]) -> None:
         super()._select(rows)
-        _select_states(self, torch.tensor(rows))
+        select_states(self, torch.tensor(rows))
 
     def reset(self) -> None:
         FoldedLayer.reset(self)
@@ -256,43 +293,52 @@ class FoldedHybridLayer(FoldedLayer, LinearAttentionAndFullAttentionLayer):
         return other
 
 
-STATE_LEVELS = 127  # of a recurrent state's codes, either side of zero
+class FoldedIndexedLayer(FoldedLayer):
+    """A layer of sparse attention whose indexer has keys of its own for every token, which choose what queries read (DeepSeek
+    V3.2): they stay exact, since an error in them would be another choice."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._forget_indexer()
 
-class CodedStateLayer(LinearAttentionLayer):
-    """A linear-attention layer whose recurrent state lies in int8 codes between calls, with one scale for each vector along its
-    last axis. The convolution's state stays as it is: transformers changes it in place."""
+    def _forget_indexer(self) -> None:
+        self.indexer_keys: Tensor | None = None
+        self.indexer_position_ids: Tensor | None = None  # [axes, batch, tokens], which models set themselves
 
-    def __init__(self, number_of_states: int = 1, **kwargs: Any) -> None:
-        super().__init__(number_of_states, **kwargs)
-        self.codes: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
-        self.scales: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Append the indexer's keys [B, Q, D] of a call; returns those of all tokens."""
+        before = [] if self.indexer_keys is None else [self.indexer_keys]
+        self.indexer_keys = torch.cat([*before, indexer_key_states], dim=1)
+        return self.indexer_keys
 
-    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Keep a state; returns what the next call will be given."""
-        scale = recurrent_states.abs().amax(-1, keepdim=True) / STATE_LEVELS
-        codes = torch.where(scale > 0, recurrent_states / scale, 0).round().clamp(-STATE_LEVELS, STATE_LEVELS)
-        self.codes[state_idx], self.scales[state_idx] = codes.to(torch.int8), scale
-        self.is_recurrent_states_initialized[state_idx] = True
-        return self.recurrent_state(state_idx)
+    @property
+    def nbytes(self) -> int:
+        beside = (self.indexer_keys, self.indexer_position_ids)
+        return super().nbytes + sum(x.nbytes for x in beside if x is not None)
 
-    def recurrent_state(self, state_idx: int) -> Tensor:
-        """A state in the dtype it came in. Raises KeyError for one that never came."""
-        codes, scale = self.codes[state_idx], self.scales[state_idx]
-        if codes is None or scale is None:
-            raise KeyError(state_idx)
-        return codes * scale
+    @property
+    def reference_bytes(self) -> int:
+        return super().reference_bytes + (
+            0 if self.indexer_keys is None else REFERENCE_BYTES * self.indexer_keys.numel()
+        )
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        _select_states(self, beam_idx)
+    def _select(self, rows: list[int]) -> None:
+        super()._select(rows)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[rows]
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = self.indexer_position_ids[:, rows]
 
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, : self.columns].clone()
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = self.indexer_position_ids[..., : self.columns].clone()
 
-def _select_states(layer: LinearAttentionLayer, rows: Tensor) -> None:
-    """Keep, repeat or permute the rows of every state."""
-    for states in vars(layer).values():
-        for i, x in states.items() if isinstance(states, dict) else ():
-            if isinstance(x, Tensor):
-                states[i] = x[rows.to(x.device)]
+    def reset(self) -> None:
+        super().reset()
+        self._forget_indexer()
 
 
 def own_windows(layer: Any) -> None:
@@ -304,7 +350,11 @@ def own_windows(layer: Any) -> None:
 
 
 # What takes the place of which of transformers' layers.
-FOLDED = {DynamicLayer: FoldedLayer, LinearAttentionAndFullAttentionLayer: FoldedHybridLayer}
+FOLDED = {
+    IndexedLayer: FoldedIndexedLayer,
+    DynamicLayer: FoldedLayer,
+    LinearAttentionAndFullAttentionLayer: FoldedHybridLayer,
+}
 # Layers of other kinds stay as transformers has them: their memory is bounded.
 STOCK_LAYERS = (
     DynamicSlidingWindowLayer,

@@ -20,12 +20,13 @@ from transformers.cache_utils import (
 )
 
 from kvfold.adapters.hf_attention import attach, detach, no_gradients, register
+from kvfold.adapters.hf_coded import CodedStateLayer
 from kvfold.adapters.hf_families import CODED_STATES, LATENT, NOT_FOLDED
 from kvfold.adapters.hf_layers import (
     FOLDED,
     STOCK_LAYERS,
-    CodedStateLayer,
     FoldedHybridLayer,
+    FoldedIndexedLayer,
     FoldedLayer,
     FoldedWindowLayer,
     HybridWindowLayer,
@@ -70,11 +71,18 @@ class FoldedCache(Cache):
         text = config.get_text_config(decoder=True)
         if text.model_type in NOT_FOLDED:
             raise Unsupported(f"{text.model_type} {NOT_FOLDED[text.model_type]}", "Use the stock cache for it")
-        if getattr(text, "kv_lora_rank", None) and text.model_type not in LATENT:
+        variant = variant_of(text.to_dict(), slides=False)
+        if variant.latent and not variant.expanded and text.model_type not in LATENT:
             raise Unsupported(
                 f"{text.model_type} caches a latent (MLA) in a way that was not tested", "Use the stock cache"
             )
-        layers: list[Any] = DynamicCache(config=config).layers
+        try:
+            layers: list[Any] = DynamicCache(config=config).layers
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise Unsupported(
+                f"transformers makes no cache of its own for a {config.model_type} ({type(error).__name__}: {error})",
+                "Pass the config of the part that decodes text, or use the model without a folded cache",
+            ) from error
         if not layers:
             raise InvalidConfig("this config describes no cache layers", "Pass the config of a decoder model")
         if all(type(x) is LinearAttentionLayer for x in layers):
@@ -90,7 +98,6 @@ class FoldedCache(Cache):
                 )
             layers = [CodedStateLayer(x.number_of_states) if type(x) is LinearAttentionLayer else x for x in layers]
         self.guard = CallGuard(-1)
-        variant = variant_of(text.to_dict(), slides=False)
         own = self.spec.for_latents() if variant.latent else self.spec
         folding = [i for i, layer in enumerate(layers) if type(layer) in FOLDED]
         for i, layer in enumerate(layers):
@@ -100,7 +107,10 @@ class FoldedCache(Cache):
             elif type(layer) not in STOCK_LAYERS:
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         self.backend, self._softmax = backend, variant_of(text.to_dict(), slides=True)
-        self._windows = windows_of(text, layers)  # until the first call decides whether they fold
+        # Models that attend by themselves make masks of their own, too.
+        self._windows = (
+            {} if variant.expanded else windows_of(text, layers)
+        )  # until the first call decides whether they fold
         self._last_readers = last_readers(text)
         super().__init__(layers=layers)
         self._share()
@@ -207,7 +217,8 @@ class FoldedCache(Cache):
                     "a linear-attention layer has taken the unfinished call into its state",
                     "Continue from a fork made before the call, or reset() the cache and prefill again",
                 )
-            for i in self.guard.stored:
+            # What chooses among tokens may have taken the call before its layer has.
+            for i in {*self.guard.stored, *(i for i, x in enumerate(self.layers) if isinstance(x, FoldedIndexedLayer))}:
                 if isinstance(x := self.layers[i], PagedLayer):
                     x.crop(columns - x.columns)
                 else:
@@ -244,9 +255,9 @@ class FoldedCache(Cache):
 
     def watch(self, every: int = 16) -> None:
         """Compare folded with exact attention on one folded page in `every`; `report` has the figures by layer, of this
-        cache and its forks together. Layers of latent attention are left out."""
+        cache and its forks together. Layers of latent attention, and of models that attend by themselves, are left out."""
         for x in self.folded_layers:
-            x.folded.fidelity = None if x.latent else Fidelity(every)
+            x.folded.fidelity = None if x.latent or x.expanded else Fidelity(every)
 
     def fork(self, compact: bool = False) -> FoldedCache:
         """An independent continuation: folded pages are shared, everything else copied.
@@ -285,23 +296,17 @@ class FoldedCache(Cache):
     @property
     def reference_bytes(self) -> int:
         """16 bits per key and value of the folded layers' tokens, in windows of those read: what the ratio is against."""
-        total = 0
-        for x in self.paged_layers:
-            most = None if x.reach is None else x.reach.tokens
-            for s in x.folded.sequences:
-                kept = s.length if most is None else min(s.length, most)
-                total += 2 * kept * s.ring_k.shape[0] * (s.ring_k.shape[2] + s.ring_v.shape[2])
-        return total
+        return sum(x.reference_bytes for x in self.paged_layers)
 
     def report(self, model: Any = None) -> dict[str, Any]:
         """Bytes by layer and kind, tokens, bits per value, ratio to 16 bits; with a model, those of its weights, too."""
         layers = []
         for i, x in enumerate(self.layers):
             if isinstance(x, PagedLayer):
-                layers.append({**(row := x.folded.report()), **_with_states(x, row["bytes"])})
+                layers.append({**x.folded.report(), **_with_states(x)})
             else:
                 layers.append({"layer": i, "kind": type(x).__name__, "bytes": tensor_bytes(x)})
-        folded_bytes = sum(x.folded.nbytes for x in self.paged_layers)
+        folded_bytes = sum(x.nbytes for x in self.paged_layers)
         return {
             "profile": self.profile,
             "cache_bytes": self.nbytes,
@@ -315,7 +320,7 @@ class FoldedCache(Cache):
         }
 
 
-def _with_states(layer: PagedLayer, folded: int) -> dict[str, int]:
-    """What a folded layer's row in a report says of the state beside it."""
-    states = tensor_bytes(layer)
-    return {"bytes": folded + states, "state_bytes": states} if isinstance(layer, FoldedHybridLayer) else {}
+def _with_states(layer: PagedLayer) -> dict[str, int]:
+    """What a folded layer's row in a report says of all it holds, and of the state beside it."""
+    states = tensor_bytes(layer) if isinstance(layer, FoldedHybridLayer) else 0
+    return {"bytes": layer.nbytes + states, **({"state_bytes": states} if states else {})}

@@ -197,8 +197,9 @@ def time_fold(e: CudaEngine, pages: int) -> Timing:
     k, v = torch.randn(2, h, pages * 128, d, device=e.device, dtype=torch.bfloat16)
     out = torch.empty(pages, e.page_bytes, dtype=torch.uint8, device=e.device)
     addresses = torch.arange(pages, device=e.device) * e.page_bytes + out.data_ptr()
+    addresses[0] |= 1  # a sequence's first page
     kp, vp = (x.unflatten(1, (-1, 128)).transpose(0, 1) for x in (k, v))
-    return time_calls([lambda: e.fold_to(kp, vp, True, addresses)])
+    return time_calls([lambda: e.fold_to(kp, vp, addresses)])
 
 
 def time_prefill(e: CudaEngine, prefix: int, new: int, heads: int) -> tuple[Timing, Timing]:
@@ -228,6 +229,7 @@ def time_first_chunk(e: CudaEngine, tokens: int, heads: int, backend: SDPBackend
     k, v = torch.randn(2, 1, h, tokens, d, device=device, dtype=torch.bfloat16)
     out = torch.empty(tokens // 128, e.page_bytes, dtype=torch.uint8, device=device)
     addresses = torch.arange(len(out), device=device) * e.page_bytes + out.data_ptr()
+    addresses[0] |= 1
     kp, vp = (x[0].unflatten(1, (-1, 128)).transpose(0, 1) for x in (k, v))
 
     def attend() -> None:
@@ -236,6 +238,6 @@ def time_first_chunk(e: CudaEngine, tokens: int, heads: int, backend: SDPBackend
 
     def attend_and_fold() -> None:
         attend()
-        e.fold_to(kp, vp, True, addresses)
+        e.fold_to(kp, vp, addresses)
 
     return time_launches(attend_and_fold), time_launches(attend)

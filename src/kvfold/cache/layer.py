@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.cache.fidelity import Fidelity
 from kvfold.cache.memory import return_large_blocks
 from kvfold.cache.pages import PagePool
-from kvfold.cache.sequence import Engine, LayerSequence, Staged, State
+from kvfold.cache.sequence import Engine, LayerSequence, Staged
 from kvfold.config import PAGE_TOKENS, CacheSpec
 from kvfold.engine.request import AttendRequest, LayerShape
 from kvfold.engine.variant import PLAIN, Variant
@@ -39,8 +39,6 @@ class AttendingEngine(Engine, Protocol):
     def from_canonical(self, row: Tensor) -> Tensor: ...
 
     def attend(self, request: AttendRequest) -> Tensor: ...
-
-    def unfold(self, rows: Tensor, state: State) -> tuple[Tensor, Tensor]: ...
 
 
 Built = tuple[int, int, torch.dtype, torch.device, int]  # KV heads, head_dim, dtype, device, head_dim of values
@@ -231,6 +229,15 @@ class FoldedAttention:
         self.prepare(k, v)
         self._check_finite(k, v, pads)
         self._store(k, v, pads)
+
+    def take(self, k: Tensor, v: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """Append k, v [B, H, Q, D]; returns those of all tokens [B, H, columns + Q, D], decoded where folded, zeros first."""
+        self.prepare(k, v)
+        all_k, all_v = (torch.cat([x.new_zeros(*x.shape[:2], columns, x.shape[3]), x], dim=2) for x in (k, v))
+        for b, s in enumerate(self.sequences):
+            s.expand(*(x[b, :, columns - s.length : columns] for x in (all_k, all_v)))
+        self.append(k, v, [0] * len(k))
+        return all_k, all_v
 
     def _store(self, k: Tensor, v: Tensor, pads: Sequence[int], call: AttendRequest | None = None) -> None:
         staged = []

@@ -36,6 +36,8 @@ class Engine(Protocol):
 
     def refill(self, row: Tensor, keys: Tensor, values: Tensor, state: State) -> None: ...
 
+    def unfold(self, rows: Tensor, state: State) -> tuple[Tensor, Tensor]: ...
+
 
 @dataclass(frozen=True)
 class Staged:
@@ -97,6 +99,19 @@ class LayerSequence:
         k, v = self._ring(self.folded, self.length)
         start = self.given_up * PAGE_TOKENS
         return SequenceView(self.runs, self.folded - start, self.sinks_k, self.sinks_v, k, v, pads, *self.state, start)
+
+    def expand(self, k: Tensor, v: Tensor) -> None:
+        """Write all tokens, decoded where they are folded, to k, v [H, length, D]."""
+        at = 0
+        for run in self.runs:
+            for rows in run.split(FOLD_PAGES):
+                stop = min(at + len(rows) * PAGE_TOKENS, self.folded)
+                for to, decoded in zip((k, v), self.engine.unfold(rows, self.state), strict=True):
+                    to[:, at:stop] = decoded[:, : stop - at]
+                at = stop
+        sinks = min(self.folded, self.sinks_k.shape[1])
+        k[:, :sinks], v[:, :sinks] = self.sinks_k[:, :sinks], self.sinks_v[:, :sinks]
+        k[:, self.folded :], v[:, self.folded :] = self._ring(self.folded, self.length)
 
     @property
     def runs(self) -> Runs:

@@ -27,13 +27,15 @@ class Variant:
     softmax of each query head has one more logit, learned and without a value (gpt-oss, arXiv 2508.10925). latent: of
     multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): what is kept as keys is the latent, which is the value, too;
     what is kept as values is the rotary part of the key. Queries are absorbed: in the width of both. reach: of a sliding or
-    chunked layer, where the exact first tokens are no exception; None: queries read everything.
+    chunked layer, where the exact first tokens are no exception; None: queries read everything. expanded: the model computes
+    attention itself and is handed decoded keys and values, so that engines fold and decode for it and attend to nothing.
     """
 
     softcap: float | None = None
     sink_logits: bool = False
     latent: bool = False
     reach: Reach | None = None
+    expanded: bool = False
 
     @property
     def names(self) -> list[str]:

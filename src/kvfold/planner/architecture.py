@@ -21,7 +21,10 @@ CONTEXTS = (
 )
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads")
+WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size")
+HEAD_DIMS = ("head_dim", "attention_head_dim", "kv_channels", "dim_head", "d_kv")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+POSITION_BYTES = 3 * 8  # of a token with three axes
 # The least and the most of what a config may say: beyond it lies no model, but a slip that would take all memory or all day.
 SIZES = {
     **dict.fromkeys(LAYERS, (1, 10_000)),
@@ -37,6 +40,7 @@ KINDS = {
     "full_attention": "full",
     "attention": "full",
     "global_attention": "full",
+    "indexed_attention": "indexed",
     "sliding_attention": "sliding",
     "local_attention": "sliding",
     "reference_sliding_attention": "sliding",
@@ -79,6 +83,17 @@ SINK_LOGITS = {
     **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa"), ("full", "sliding")),
     "mimo_v2_flash": ("sliding",),
 }
+# Families that compute attention in ways of their own, or change keys after caching them: folded caches hand them decoded keys
+# and values.
+EXPANDED = (
+    *("big_bird", "bigbird_pegasus", "bloom", "codegen", "cpmant", "diffllama", "doge", "falcon", "fsmt", "git"),
+    *("gpt_neo", "gpt_neox_japanese", "gptj", "jetmoe", "led", "megatron-bert", "mpt", "mvp", "nllb-moe", "pegasus_x"),
+    *("prophetnet", "rembert", "roformer", "trocr", "xglm"),
+    # A bias by position.
+    *("inkling_text", "inkling2_text", "longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"),
+    # Sparse attention: an indexer chooses what is read.
+    *("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"),
+)
 # How many copies of their scores these hold: a matter of their code.
 SCORES = {"gpt_oss": Scores(3), "mimo_v2_flash": Scores(2), "flint": Scores(3, wide=True)}
 
@@ -113,6 +128,7 @@ def read(config: Config) -> Model:
         vocabulary=int(text.get("vocab_size") or config.get("vocab_size") or 0),
         max_context=next((n for k in CONTEXTS if (n := int(text.get(k) or 0)) > 0), None),
         scores=SCORES.get(name, Scores()),
+        streams=int(text.get("altup_num_inputs") or 1),
     )
 
 
@@ -129,6 +145,8 @@ def check_sizes(config: Config) -> None:
     text = text_of(config)
     for name, (least, most) in SIZES.items():
         x = text.get(name)
+        if name == "head_dim" and text.get("kv_lora_rank"):
+            continue  # of nothing that there is
         if isinstance(x, int | float) and not isinstance(x, bool) and not least <= x <= most:
             raise _broken(f"{name} is {x:,}, where {least} to {most:,} can be")
     heads, kv = (text.get(k) for k in ("num_attention_heads", "num_key_value_heads"))
@@ -199,13 +217,22 @@ def _layer(text: Config, kind: str, i: int, heads: int, hidden: int) -> Layer:
         return Layer(kind, states=running_state(text, hidden))
     if kind == "conv":
         return Layer(kind, states=conv_state(text, hidden))
-    if kind == "latent":
-        width = int(text["kv_lora_rank"]), int(text["qk_rope_head_dim"])
-        return Layer(kind, Attention(1, *width, variant=variant_of(text, slides=False)))
+    indexer = 0
+    if kind == "indexed" and list(text.get("indexer_types") or ())[i : i + 1] != ["shared"]:
+        indexer = number(text, "index_head_dim", "indexer_head_dim") * int(text.get("indexer_kv_heads") or 1)
+    if kind in ("latent", "indexed", "sliding") and (rank := _own(text, i, "kv_lora_rank")):
+        reach = Reach(_own(text, i, "sliding_window")) if kind == "sliding" else None
+        variant = replace(variant_of(text, slides=kind == "sliding"), reach=reach)
+        attention = Attention(1, rank, _own(text, i, "qk_rope_head_dim"), variant, indexer)
+        return Layer(kind, attention)
     slides = kind in ("sliding", "chunked", "hybrid_sliding")
     attention = _attention(text, i, heads, hidden, slides, chunked=kind == "chunked")
+    if indexer:
+        # Where positions have three axes, the first such layer keeps those of its keys.
+        first = text.get("model_type") == "qwen4_exp_text" and "indexed_attention" not in text["layer_types"][:i]
+        attention = replace(attention, indexer=indexer, position_bytes=POSITION_BYTES if first else 0)
     if kind in ("hybrid", "hybrid_sliding"):
-        return Layer(kind, attention, running_state(text, hidden))
+        return Layer(kind, attention, running_state(text, hidden, attention.values))
     return Layer(kind, attention)
 
 
@@ -214,9 +241,11 @@ def _attention(text: Config, i: int, heads: int, hidden: int, slides: bool, chun
     kv = own.get("num_key_value_heads") or text.get("num_key_value_heads") or text.get("num_kv_heads")
     if text.get("multi_query") and not text.get("new_decoder_architecture"):
         kv = 1
-    dim = own.get("head_dim") or text.get("head_dim") or text.get("attention_head_dim") or hidden // heads
+    if text.get("model_type") == "falcon" and text.get("new_decoder_architecture"):
+        kv = heads  # which are repeated before they are cached
+    dim = own.get("head_dim") or next((text[n] for n in HEAD_DIMS if text.get(n)), hidden // heads)
     value = own.get("v_head_dim") or text.get("v_head_dim") or dim
-    window = own.get("sliding_window") or text.get("sliding_window") or text.get("attention_chunk_size")
+    window = own.get("sliding_window") or next((text[n] for n in WINDOWS if text.get(n)), None)
     if slides and (int(window) < 1 if window is not None else "sliding_window" in text):
         raise _broken(f"layer {i} slides, and its window is {window}")
     reach = Reach(int(window or 0), chunked) if slides else None
@@ -225,15 +254,27 @@ def _attention(text: Config, i: int, heads: int, hidden: int, slides: bool, chun
 
 def variant_of(text: Config, slides: bool) -> Variant:
     """The softmax of a text config's full, or sliding, layers."""
+    latent = bool(text.get("kv_lora_rank")) and not slides
+    if text.get("model_type") in EXPANDED:
+        return Variant(latent=latent, expanded=True)
     with_sinks = SINK_LOGITS.get(str(text.get("model_type")), ())
     softcap = text.get("attn_logit_softcapping")
-    latent = bool(text.get("kv_lora_rank")) and not slides
     return Variant(float(softcap) if softcap else None, ("sliding" if slides else "full") in with_sinks, latent)
 
 
+def _per_layer(text: Config, i: int) -> dict[str, Any]:
+    """transformers' `per_layer_config` of layer i."""
+    return {int(k): v for k, v in (text.get("per_layer_config") or {}).items()}.get(i, {})
+
+
+def _own(text: Config, i: int, name: str) -> int:
+    """A size of layer i, 0 if it has none."""
+    return int(_per_layer(text, i).get(name, text.get(name)) or 0)
+
+
 def _overrides(text: Config, i: int, slides: bool) -> dict[str, Any]:
-    """What layer i has of its own: transformers' `per_layer_config`, or the published names of Gemma 4 and MiMo V2."""
-    own = {int(k): v for k, v in (text.get("per_layer_config") or {}).items()}.get(i, {})
+    """What layer i has of its own: by transformers' way to say it, or by the published names of Gemma 4 and MiMo V2."""
+    own = _per_layer(text, i)
     prefix = "swa_" if slides else "global_"
     names = {"num_key_value_heads": f"{prefix}num_key_value_heads", "head_dim": f"{prefix}head_dim"}
     names["v_head_dim"] = f"{prefix}v_head_dim"

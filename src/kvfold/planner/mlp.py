@@ -10,6 +10,9 @@ EXPERT_WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 GATED, UNGATED = 3, 2  # gate, up, product; up, its activation
+ALL_SEE_ALL = (
+    "llama4_text",
+)  # every expert computes every token, and the router weights those it was not chosen for by zero
 # Activations that are several operations hold more while they run.
 ACTIVATIONS = {"gelu_new": 4, "gelu_fast": 5, "gelu_accurate": 4, "quick_gelu": 3, "xielu": 5}
 
@@ -25,7 +28,8 @@ def mlp_values(text: Mapping[str, Any], hidden: int) -> int:
         each = _widest(text, EXPERT_WIDTHS) or dense
         # A token's copies for its experts, beside their gates and ups, activations and products; or beside their outputs, the
         # weighted ones, and these in the tokens' order.
-        values = max(values, _widest(text, CHOSEN) * max(hidden + 4 * each, 4 * hidden))
+        seeing = _widest(text, EXPERTS) if text.get("model_type") in ALL_SEE_ALL else _widest(text, CHOSEN)
+        values = max(values, seeing * max(hidden + 4 * each, 4 * hidden))
     return values
 
 

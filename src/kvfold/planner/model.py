@@ -14,13 +14,16 @@ class Attention:
     """Keys and values that one layer keeps for every token.
 
     variant: its softmax and how far back it reads, which decide what engine runs it; of latent attention, key_dim is the latent's
-    and value_dim its rotary key's.
+    and value_dim its rotary key's. indexer: numbers per token that are kept exactly beside them, by which queries choose what
+    they read; position_bytes: of what is kept beside those.
     """
 
     kv_heads: int
     key_dim: int
     value_dim: int
     variant: Variant = PLAIN
+    indexer: int = 0
+    position_bytes: int = 0
 
     @property
     def latent(self) -> bool:
@@ -59,8 +62,8 @@ class State:
 
 @dataclass(frozen=True)
 class Layer:
-    """kind: full, latent, sliding, chunked, linear, conv, hybrid or hybrid_sliding (attention and a running state), shared
-    (reads another layer's keys) or none."""
+    """kind: full, latent, indexed (sparse), sliding, chunked, linear, conv, hybrid or hybrid_sliding (attention and a running
+    state), shared (reads another layer's keys) or none."""
 
     kind: str
     attention: Attention | None = None
@@ -87,6 +90,7 @@ class Scores:
 class Model:
     """name: its model_type. mlp_values: numbers of a token that the MLP, or the experts that it runs through, hold at once.
     linear_values: float32 numbers of a token that a linear-attention or state-space layer holds at once, 0 without such layers.
+    streams: hidden states of a token that are carried from layer to layer (Gemma 3n: several).
     """
 
     name: str
@@ -99,3 +103,4 @@ class Model:
     vocabulary: int
     max_context: int | None = None
     scores: Scores = Scores()
+    streams: int = 1

@@ -16,7 +16,7 @@ from kvfold.planner.workspace import workspace_bytes
 
 REFERENCE_BYTES = 2  # per value: what ratios are against
 WINDOW_TENSOR_BYTES = 8  # transformers keeps the length of a sliding window as a tensor, too
-FOLDING = ("full", "latent", "hybrid")
+FOLDING = ("full", "latent", "indexed", "hybrid")
 SLIDING = ("sliding", "chunked")
 
 
@@ -52,7 +52,7 @@ def attention_bytes(s: Setting, a: Attention, folds: bool, dtype_bytes: int, lay
         paged = sizes.pool_bytes(rows * pages, page_bytes, s.device == "cpu") + sizes.TABLE_ENTRY_BYTES * rows * pages
     exact = sizes.exact_bytes(spec, a.kv_heads, a.key_dim + a.value_dim, dtype_bytes)
     frozen = state_bytes(spec.key, a.kv_heads, a.key_dim) + state_bytes(spec.value, a.kv_heads, a.value_dim)
-    return paged + rows * (exact + (frozen if pages else 0))
+    return paged + rows * (exact + (frozen if pages else 0) + tokens * (a.indexer * dtype_bytes + a.position_bytes))
 
 
 @functools.cache
@@ -86,14 +86,15 @@ def _row(model: Model, s: Setting, i: int, layer: Layer) -> dict[str, Any]:
         if row["folds"]:
             _, row["backend"] = page_of(s.spec, a, dtype_bytes, s.backend, s.device, tuned)
         kept = s.sessions * s.rows * min(s.context, a.window or s.context)
-        row["reference_bytes"] = kept * a.values * REFERENCE_BYTES
+        row["reference_bytes"] = kept * (a.values + a.indexer) * REFERENCE_BYTES
     row["state_bytes"] = s.sessions * s.rows * sum(x.bytes_as(s.spec.states, dtype_bytes) for x in layer.states)
     return row
 
 
 def _by_layer(model: Model, setting: Setting) -> Iterator[tuple[Setting, Layer]]:
     """Layers, each with the bits of its own that a graded cache gives it."""
-    places = [i for i, x in enumerate(model.layers) if x.kind in FOLDING and x.kind != "latent"]
+    folding = [(i, x) for i, x in enumerate(model.layers) if x.kind in FOLDING and x.attention is not None]
+    places = [i for i, x in folding if x.attention is not None and not x.attention.latent]
     for i, layer in enumerate(model.layers):
         spec = setting.spec.for_layer(places.index(i), len(places)) if i in places else setting.spec
         yield replace(setting, spec=spec), layer
@@ -106,7 +107,7 @@ def plan(model: Model, setting: Setting) -> dict[str, Any]:
     # Prefill reads windows by way of torch.
     runs = {r["layer"]: "torch" if r["kind"] in SLIDING else r["backend"] for r in rows if r["folds"]}
     dtype_bytes = setting.dtype_bytes or model.dtype_bytes
-    workspace = workspace_bytes(model, setting.prefill_tokens, setting.rows, dtype_bytes, runs)
+    workspace = workspace_bytes(model, setting.prefill_tokens, setting.rows, dtype_bytes, runs, setting.context)
     common = total["state_bytes"] + setting.weights_bytes + workspace
     return {
         "context": setting.context,

@@ -29,12 +29,19 @@ def _first(config: Config, *names: str, default: int = 0) -> int:
     return next((int(config[n]) for n in names if isinstance(config.get(n), int | float)), default)
 
 
-def running_state(text: Config, hidden: int) -> tuple[State, ...]:
-    """Of one linear-attention or state-space layer. Raises UnsupportedModel for kinds that are not known."""
+def running_state(text: Config, hidden: int, values: int = 0) -> tuple[State, ...]:
+    """Of one linear-attention or state-space layer; values: numbers per token of the attention beside it.
+
+    Raises UnsupportedModel for kinds that are not known.
+    """
     if "linear_num_value_heads" in text:
         return _delta_net(text)
     if isinstance(text.get("linear_attn_config"), Mapping) or "linear_num_heads" in text:
         return _kimi(text)
+    if "d_rel" in text:  # Inkling: short convolutions over keys and values, and over the outputs of attention and MLP
+        return (
+            State("conv", (values + 2 * hidden) * _first(text, "conv_kernel_size", "sconv_kernel_size", default=4)),
+        )
     if "cca_time0" in text:
         return _zaya(text)
     if _first(text, "mamba_n_groups", "mamba_ngroups", "n_groups"):

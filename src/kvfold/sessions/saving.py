@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
 
+from kvfold.adapters.hf_layers import FoldedHybridLayer, FoldedIndexedLayer
 from kvfold.adapters.hf_state import numbers_of, tensors_of
 from kvfold.adapters.hf_transformers import FoldedCache, FoldedLayer
 from kvfold.config import PAGE_TOKENS
@@ -216,7 +216,7 @@ def _state(folder: Path, cache: FoldedCache, tokens: list[int]) -> State:
         if isinstance(x, FoldedLayer):
             k, v = x.folded.sequences[0].exact()
             own = {"keys": k, "values": v}
-        if not isinstance(x, FoldedLayer) or isinstance(x, LinearAttentionLayer):
+        if not isinstance(x, FoldedLayer) or isinstance(x, FoldedHybridLayer | FoldedIndexedLayer):
             own, numbers[str(i)] = {**own, **tensors_of(x)}, numbers_of(x)
         tensors |= {f"layers.{i}.{name}": t.detach().cpu().contiguous() for name, t in own.items()}
     tensors["tokens"] = torch.tensor(tokens[folded // PAGE_TOKENS * PAGE_TOKENS : length], dtype=torch.int32)

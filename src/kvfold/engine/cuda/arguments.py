@@ -59,6 +59,18 @@ class AppendArgs(ctypes.Structure):
     )
 
 
+class EnterArgs(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("lengths", "page_table", "exact_table", "k", "v", "exact", "pages", "work")),
+        *((n, ctypes.c_void_p) for n in ("seq", "address", "full", "status")),
+        *((n, ctypes.c_longlong) for n in ("page_row", "exact_row", "k_b", "k_i", "k_h", "v_b", "v_i", "v_h")),
+        *((n, ctypes.c_longlong) for n in ("exact_block", "exact_head", "exact_token")),
+        *((n, ctypes.c_longlong) for n in ("page_block", "page_one", "address_row")),
+        *((n, ctypes.c_int) for n in ("H", "Q", "window", "sinks", "block_pages", "exact_shift")),
+        *((n, ctypes.c_int) for n in ("front", "rows", "capacity")),
+    )
+
+
 def levels_of(spec: SideSpec, dim: int) -> Levels:
     """Level + ZERO of every code, repeated to 16 bytes; of a trellis code its start states."""
     if spec.codec in TRELLIS_CODECS:

@@ -1,5 +1,5 @@
 // 128 tokens of one KV head -> one side of a page of trellis codes in the kernels' order: centre, rotate, search, scale, pack. Codes and bytes equal the
-// canonical encoder's (codec/trellis.py). 128 threads; blocks walk over pages * heads; 16-bit input. Layout: trellis.cuh.
+// canonical encoder's (codec/trellis.py). 128 threads; blocks walk over pages * heads; 16-bit input. Layout: trellis.cuh. Addresses: as fold.cu's.
 // Search: one thread per vector, the costs of 64 states in registers. A cost holds, below its 4th bit, which predecessor it is of the states it leads to, so
 // that one addition and minimum per branch also finds the origin; costs stay below 2^20. Errors' squares are made once per level in floating point,
 // where they are exact, on a pipe that the branches leave idle. Origins: half a byte per step and state in global memory.
@@ -29,7 +29,7 @@ template <int N> DI void butterflies(float (&y)[N], int k) {
 #include "computed.cuh"
 struct TrellisFoldArgs {
   const void* x; const u64* page; const float* sign; int* nonfinite; u32* origins; const signed char* window_levels;   // levels of even windows, of odd ones
-  long long x_p, x_h, x_t; int pages, heads, first_sinks, rule; float inv_sqrt_d, step, gain, clip, inv_shift; u8 start[4]; float level[64];
+  long long x_p, x_h, x_t; int pages, heads, sinks, rule; float inv_sqrt_d, step, gain, clip, inv_shift; u8 start[4]; float level[64];
 };
 #ifndef VARIANT    // D, key format, value format, mean, float16, value?, index bits, masks of even steps (6), of odd steps (6)
 #define VARIANT 128, 17, 15, 1, 0, 0, 6, 484, 282, 417, 48, 8, 440, 200, 148, 498, 801, 208, 736
@@ -194,8 +194,8 @@ DI void pack_words(const u16* rows, const u8* start, const TrellisFoldArgs& P, u
 DI void fold_one(const TrellisFoldArgs& P, int page, int head, u32* origins, unsigned char* sm) {
   constexpr int N = C::N; u16* rows = (u16*)sm; signed char* levels = (signed char*)(rows + TOKENS * C::ROW); float *mean = (float*)(levels + C::WINDOWS), *work = mean + 2 * C::D;
   float* wanted = work + 2 * C::D; u8* start = (u8*)(wanted + TOKENS);
-  unsigned char* out = (unsigned char*)P.page[page] + (u64)head * C::BYTES;
-  const u16* in = (const u16*)P.x + page * P.x_p + head * P.x_h; const int sinks = page == 0 ? P.first_sinks : 0;
+  const u64 at = P.page[page]; unsigned char* out = (unsigned char*)(at & ~1ull) + (u64)head * C::BYTES;
+  const u16* in = (const u16*)P.x + page * P.x_p + head * P.x_h; const int sinks = at & 1 ? P.sinks : 0;
   u32 mean_scale[2] = {0, 0};
   if constexpr (!C::V && C::MEAN) page_means<C, THREADS>([&](int t, int d) { return low<C::H16>(__ldg(in + t * P.x_t + d)); }, mean, work, out, sinks, mean_scale);
   const int lane = threadIdx.x & 31, k = lane & 7, first = (threadIdx.x >> 5) * 4 + (lane >> 3); float sign[N]; bool bad = false;
@@ -258,6 +258,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) kvfold_fold_trellis(con
   __syncthreads();
   u32* origins = P.origins + (u64)blockIdx.x * C::D * C::WORDS * THREADS;
 #pragma unroll 1
-  for (int n = blockIdx.x; n < P.pages * P.heads; n += gridDim.x) fold_one(P, n / P.heads, n % P.heads, origins, sm);
+  for (int n = blockIdx.x; n < P.pages * P.heads; n += gridDim.x) if (P.page[n / P.heads] != 0) fold_one(P, n / P.heads, n % P.heads, origins, sm);
 }
 extern "C" __device__ const int kvfold_fold_trellis_info[1] = {C::SMEM};

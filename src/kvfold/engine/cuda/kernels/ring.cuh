@@ -2,10 +2,8 @@
 #pragma once
 #include "computed.cuh"
 #include "share.cuh"
+#include "sequence.cuh"
 
-// One row of a call. recent_k/v: exact tokens folded..length-1, token folded + e in slot (first + e) % ring of [H][stride / D][D];
-// pages: addresses of ceil(folded / 128) pages; pad: the call's first tokens that are padding.
-struct Sequence { u64 recent_k, recent_v, sink_k, sink_v, pages; int length, folded, pad, first, ring, unused; long long stride; };   // 72 bytes
 struct Args {
   const void *q, *k, *v; void* out; const Sequence* seq; const float *sign_k, *sign_v; float* partial; int* count;
   long long q_b, q_h, q_i, k_b, k_h, k_i, v_b, v_h, v_i, o_b, o_h, o_i;                                            // strides in elements
