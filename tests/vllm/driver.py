@@ -20,9 +20,9 @@ import numpy as np
 def answer(output: Any) -> dict[str, Any]:
     if output is None:
         return {"ids": [], "cached": 0, "likely": []}
-    (one,) = output.outputs
-    likely = [{str(t): x.logprob for t, x in at.items()} for at in one.logprobs or []]
-    return {"ids": list(one.token_ids), "cached": output.num_cached_tokens or 0, "likely": likely}
+    ids = [t for o in output.outputs for t in o.token_ids]
+    likely = [{str(t): x.logprob for t, x in at.items()} for o in output.outputs for at in o.logprobs or []]
+    return {"ids": ids, "cached": output.num_cached_tokens or 0, "likely": likely}
 
 
 def log_probabilities(output: Any, vocabulary: int) -> np.ndarray:
