@@ -38,18 +38,10 @@ struct Parts {
   int count;
 };
 
-// Lines that are read later: those of `near` are wanted in the first level cache, those of `far` in the second. A loop asks for a few at
-// each turn, as asked for in bursts they would keep each other waiting; it sets its pace first, after which bytes are those of a turn.
+// Bytes that are read after the next phase, to be asked for at an even pace: in bursts they would keep each other waiting.
 struct Asking {
-  const std::uint8_t* near;
-  std::ptrdiff_t near_bytes;
-  const std::uint8_t* far;
-  std::ptrdiff_t far_bytes;
-
-  void pace(int turns) {
-    near_bytes /= turns;
-    far_bytes /= turns;
-  }
+  const std::uint8_t* codes;
+  std::ptrdiff_t bytes;
 };
 
 // Query rows of one KV head, ready for integer dot products.

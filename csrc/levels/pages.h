@@ -173,8 +173,7 @@ struct PagesKernel {
       const std::uint8_t* codes = keys[which] + g0 * group;
       if (few && key.trellis) {
         if constexpr (Trellis::kStreamRows > 0) {
-          const Asking asking = part(rows[which] + layout.value_codes(head), layout.value_bytes, keys[which] + ahead[which],
-                                     layout.key_bytes, g0 / groups, kTokenGroups / groups);
+          const Asking asking = part(keys[which], layout.key_bytes, ahead[which], g0 / groups, kTokenGroups / groups);
           key.trellis->key_sums(tile.rows, codes, key_starts[which] + g0 * kLanes, tile.operand, tile.sum, key.tables, asking, ints[0]);
         }
       } else {
@@ -207,14 +206,13 @@ struct PagesKernel {
   }
 
   // The same from streams.
-  void gather_streams(int pages, int head, TileState& state, int count) {
+  void gather_streams(int pages, TileState& state, int count) {
     const int groups = sink.quads == 1 ? 2 : 1, steps = task.format->head_dim / kLanes / groups;
     const Parts parts = {{values[0], values[1]}, {}, pages};
     const std::uint8_t* const before[kBlockPages] = {value_before[0], value_before[1]};
     for (int i = 0; i < steps; ++i) {
       Asking asking[kBlockPages];
-      for (int p = 0; p < pages; ++p)
-        asking[p] = part(rows[p] + layout.key_codes(head) + ahead[p], layout.key_bytes, values[p] + ahead[p], layout.value_bytes, i, steps);
+      for (int p = 0; p < pages; ++p) asking[p] = part(values[p], layout.value_bytes, ahead[p], i, steps);
       value.trellis->value_sums(count, i, parts, before, sink.operand, block.sum, value.tables, asking, ints[0]);
       add_outputs(i * groups, groups, state, count);
     }
@@ -229,11 +227,10 @@ struct PagesKernel {
         }
   }
 
-  // Step i of several that ask for all of `near` and `far`.
-  static Asking part(const std::uint8_t* near, std::size_t near_bytes, const std::uint8_t* far, std::size_t far_bytes, int i, int steps) {
-    near_bytes /= steps;
-    far_bytes /= steps;
-    return {near + i * near_bytes, static_cast<std::ptrdiff_t>(near_bytes), far + i * far_bytes, static_cast<std::ptrdiff_t>(far_bytes)};
+  // What the next KV head has in place of `bytes` bytes, part i of several.
+  static Asking part(const std::uint8_t* codes, std::size_t bytes, std::ptrdiff_t to_next, int i, int parts) {
+    bytes /= parts;
+    return {codes + to_next + i * bytes, static_cast<std::ptrdiff_t>(bytes)};
   }
 
   // Asks for a part of the codes that are unpacked next. Unpacking reads them in less time than memory takes; the dot products before it
@@ -296,7 +293,7 @@ struct PagesKernel {
     if (task.tile_count == 1)
       for (int p = 0; p < pages; ++p) open_values(p, head);
     if constexpr (Trellis::kStreamRows > 0)
-      if (few && value.trellis) return gather_streams(pages, head, state, tile.rows);
+      if (few && value.trellis) return gather_streams(pages, state, tile.rows);
     gather(pages, state, tile.rows);
   }
 

@@ -159,7 +159,7 @@ class TrellisReader<SimdAvx512> : public RunsReader<TrellisReader<SimdAvx512>> {
       earlier[g] = _mm512_slli_epi32(wide, 24);
     });
     alignas(64) std::uint8_t before[2][64];
-    ask.pace(2 * blocks * kSegment / 2);
+    const std::ptrdiff_t pace = ask.bytes / (blocks * kSegment);
     for (int block = 0; block < blocks; ++block, codes += run_bytes, operand += 8 * kSegment) {
       unroll<2>([&](auto g) KVF_INLINE_LAMBDA {
         const Reg last = load(codes + g * group + run_bytes - 64);
@@ -167,7 +167,7 @@ class TrellisReader<SimdAvx512> : public RunsReader<TrellisReader<SimdAvx512>> {
         earlier[g] = last;
       });
       for (int n = 0; n < kSegment / 2; ++n) {
-        tick<2>(ask);
+        for (int i = 0; i < 2; ++i, ask.codes += pace) SimdAvx512::prefetch_early(ask.codes);
         Reg both[2][2];
         if (windows[n].simple)
           unroll<2>([&](auto g) KVF_INLINE_LAMBDA { indices<true, Paired>(windows[n], codes + g * group, before[g], both[g]); });
@@ -240,10 +240,11 @@ class TrellisReader<SimdAvx512> : public RunsReader<TrellisReader<SimdAvx512>> {
     unroll<2 * Rows>([&](auto i) KVF_INLINE_LAMBDA { high[i] = low[i] = _mm512_setzero_si512(); });
     for (int p = 0; p < parts.count; ++p) {
       const std::uint8_t *lines = parts.codes[p], *first = before[p];
-      Asking asking = ask[p];
-      asking.pace(kTokenQuads / Quads);
+      const std::uint8_t* asked = ask[p].codes;
+      const std::ptrdiff_t pace = ask[p].bytes / (kTokenQuads / Quads);
       for (int quad = 0; quad < kTokenQuads; quad += Quads, lines += run_bytes, first += 64, operand += 8 * Quads) {
-        tick<1>(asking);
+        SimdAvx512::prefetch_early(asked);
+        asked += pace;
         Reg of[2];
         indices<Simple, Paired>(here, lines, first, of);
         const Reg a = SimdAvx512::lookup(of[0], levels), b = SimdAvx512::lookup(of[1], levels);
@@ -271,16 +272,6 @@ class TrellisReader<SimdAvx512> : public RunsReader<TrellisReader<SimdAvx512>> {
     std::int32_t word;
     std::memcpy(&word, p, sizeof word);
     return _mm512_set1_epi32(word);
-  }
-
-  template <int Count>
-  static KVF_INLINE void tick(Asking& ask) {
-    unroll<Count>([&](auto) KVF_INLINE_LAMBDA {
-      SimdAvx512::prefetch(ask.near);
-      SimdAvx512::prefetch_early(ask.far);
-      ask.near += ask.near_bytes;
-      ask.far += ask.far_bytes;
-    });
   }
 
   template <int Words>
