@@ -45,7 +45,10 @@ class TrellisReader<SimdAvx512> : public RunsReader<TrellisReader<SimdAvx512>> {
       Reg four[4];
       unroll<2>([&](auto i) KVF_INLINE_LAMBDA {
         const Windows& both = windows[2 * n + i];
-        paired ? indices<false, true>(both, lines, before, four + 2 * i) : indices<false, false>(both, lines, before, four + 2 * i);
+        if (both.simple)
+          paired ? indices<true, true>(both, lines, before, four + 2 * i) : indices<true, false>(both, lines, before, four + 2 * i);
+        else
+          paired ? indices<false, true>(both, lines, before, four + 2 * i) : indices<false, false>(both, lines, before, four + 2 * i);
       });
       sink(0, n, four);
     }
