@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kvfold.codebook import table
 from kvfold.codebook.trellis import code
 from kvfold.codec.fields import split_bits, split_dims
-from kvfold.config import PAGE_TOKENS, CacheSpec, SideSpec
+from kvfold.config import PAGE_TOKENS, TRELLIS_CODECS, CacheSpec, SideSpec
 from kvfold.engine import reference
 from kvfold.packing.layout import FORMAT_VERSION
 from kvfold.rotation.reference import splitmix64, stream
@@ -86,6 +86,12 @@ CASES: dict[str, tuple[CacheSpec, int, int, str]] = {
         64,
         "float32",
     ),
+    "computed-3-2": (
+        CacheSpec(SideSpec("computed", 3, "unbiased"), SideSpec("computed", 2, "least-squares", search=3), seed=17),
+        2,
+        64,
+        "float32",
+    ),
     "trellis-1-96": (
         CacheSpec(SideSpec("trellis", 1, "match"), SideSpec("raw", 16), centre=False, seed=15),
         1,
@@ -113,8 +119,8 @@ def levels(side: SideSpec, dim: int) -> list[list[int]]:
         books = [(side.codec, int(side.bits), dim)]
     elif side.codec == "prod" and side.bits > 1:
         books = [("mse", int(side.bits) - 1, dim)]
-    elif side.codec == "trellis":
-        return [list(code(side.bits).levels)]
+    elif side.codec in TRELLIS_CODECS:
+        return [list(code(side.bits, side.codec).levels)]
     elif side.codec == "split":
         books = [("mse", b, d) for b, d in zip(split_bits(side.bits), split_dims(dim), strict=True)]
     else:
@@ -125,7 +131,7 @@ def levels(side: SideSpec, dim: int) -> list[list[int]]:
 def named(spec: CacheSpec) -> dict[str, Any]:
     """The spec's fields that a page depends on; of sides without `basis`, which codec `tuned` alone has."""
     sides = ("key", "value")
-    fields = {k: v for k, v in asdict(spec).items() if k != "states"}
+    fields = {k: v for k, v in asdict(spec).items() if k not in ("states", "bits_by_layer")}
     return fields | {s: {k: v for k, v in fields[s].items() if k != "basis"} for s in sides}
 
 

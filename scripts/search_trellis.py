@@ -4,20 +4,24 @@
 Random parity masks, then hill climbing, from the committed codes too: a run never makes one worse. The encoder is exact in
 integers, so that the same seed finds the same codes on any machine. `--rates 2 3` redoes some, `--seed` tries others.
 The measure is the least-squares error of random directions in 128 dimensions, start states as they are stored included.
+
+Computed codes (`--computed 2 3`) are searched among those that a kernel makes with few operations: a field is a sum of whole
+words of symbols, and of one such sum moved by some bits and masked. The CUDA kernels have these masks and weights in them.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvfold.codebook.trellis import STATE_BITS, STATES, Code, code
+from kvfold.codebook.trellis import STATE_BITS, STATES, Code, code, sums
 from kvfold.codec.trellis import quantize_inputs, read_levels
 from kvfold.engine.cpu.trellis import viterbi
 
@@ -31,6 +35,8 @@ GRID = 72  # input units per standard deviation, about
 FINER = 99  # from 3.5 bits on
 DIM = 128
 DRAWS, KEPT, CLIMBS, PATIENCE = 240, 6, 4000, 900
+COMPUTED, WEIGHTS = ("2", "3"), (3, 2)  # rates of computed codes, what their fields weigh
+OPERATIONS, COMPUTED_DRAWS = 3, 20000
 
 
 def directions(count: int, seed: int) -> F32:
@@ -149,26 +155,102 @@ def settled(book: Code, u: F32, many: F32) -> Code:
     return book
 
 
+@dataclass(frozen=True)
+class Field:
+    """A computed code's field: the sum of the symbols in `whole`, by how many steps they lie back, and, in the bits of `kept`, of
+    those in `moved`, shifted by `shift` bits."""
+
+    whole: frozenset[int]
+    moved: frozenset[int] = frozenset()
+    shift: int = 0
+    kept: int = 0
+
+    @property
+    def operations(self) -> int:
+        """Three-input logical instructions and shifts."""
+        return len(self.whole) // 2 + (1 + len(self.moved) // 2 + 1 if self.moved else 0)
+
+    def masks(self, width: int) -> tuple[int, ...]:
+        out = []
+        for bit in reversed(range(width)):
+            mask = sum(1 << b * width + bit for b in self.whole if b * width + bit < STATE_BITS + width)
+            if self.kept >> bit & 1 and 0 <= bit - self.shift < width:
+                places = (b * width + bit - self.shift for b in self.moved)
+                mask ^= sum(1 << p for p in places if p < STATE_BITS + width)
+            out.append(mask)
+        return tuple(out)
+
+
+def computed(width: int, fields: Sequence[Field], step: float, starts: tuple[int, ...]) -> Code:
+    masks = tuple(m for f in fields for m in f.masks(width))
+    upper = sums(WEIGHTS, width)
+    levels = (*(-v for v in reversed(upper)), *upper)
+    return Code((width,), (masks,), levels, step, max(1, round(GRID * step)), starts, WEIGHTS)
+
+
+def drawn_field(width: int, random: np.random.Generator) -> Field:
+    symbols = range(1 + -(-STATE_BITS // width))
+    whole = frozenset(b for b in symbols if random.random() < 0.5)
+    if random.random() < 0.5:
+        return Field(whole)
+    moved = frozenset(b for b in symbols if random.random() < 0.4)
+    return Field(
+        whole, moved, int(random.choice([s for s in range(1 - width, width) if s])), int(random.integers(1, 1 << width))
+    )
+
+
+def search_computed(committed: Code, seed: int) -> Code:
+    """The best of all pairs of fields drawn, and of the committed code, with start states of its own."""
+    width, random = committed.widths[0], np.random.default_rng(seed)
+    few, more, many = directions(32, seed), directions(160, seed + 1), directions(2048, seed + 2)
+    drawn = [(drawn_field(width, random), drawn_field(width, random)) for _ in range(COMPUTED_DRAWS)]
+    pairs = {
+        p for p in drawn if sum(f.operations for f in p) <= OPERATIONS and all(m for f in p for m in f.masks(width))
+    }
+    step = committed.step
+
+    def usable(fields: tuple[Field, Field]) -> bool:
+        masks = [m for f in fields for m in f.masks(width)]  # every new bit must be seen
+        return all(any(m >> bit & 1 for m in masks) for bit in range(width))
+
+    books = [computed(width, p, step, subspace(16, 32)) for p in sorted(pairs, key=repr) if usable(p)]
+    ranked = sorted(books, key=lambda b: error(b, few))[:KEPT]
+    spaces = sorted({subspace(a, b) for a, b in itertools.combinations(range(1, STATES), 2)})
+    found = [committed]
+    for book in (*ranked, committed):
+        starts = min(spaces[:: len(spaces) // 60], key=lambda s: error(replace(book, starts=s), more))
+        steps = [float(f"{step * f:.6g}") for f in (0.97, 1, 1.03)]
+        found += [replace(book, starts=starts, step=s, grid=max(1, round(GRID * s))) for s in steps]
+    book = min(found, key=lambda b: error(b, many))
+    return settled(book, directions(512, seed + 3), many)
+
+
 def text(name: str, book: Code) -> str:
-    levels = list(book.levels[len(book.levels) // 2 :])
+    levels = (
+        f"weights = {list(book.weights)}" if book.weights else f"levels = {list(book.levels[len(book.levels) // 2 :])}"
+    )
     masks = [list(m) for m in book.masks]
     return (
-        f'["{name}"]\nwidths = {list(book.widths)}\nmasks = {masks}\nlevels = {levels}\n'
+        f"[{name}]\nwidths = {list(book.widths)}\nmasks = {masks}\n{levels}\n"
         f"step = {book.step}\ngrid = {book.grid}\nstarts = {list(book.starts)}\n"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rates", nargs="*", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--rates", nargs="*", default=[], choices=list(RATES))
+    parser.add_argument("--computed", nargs="*", default=[], choices=COMPUTED)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    parts = {part.split('"')[1]: part.strip() + "\n" for part in FILE.read_text().split("\n\n") if part}
-    for name in options.rates:
-        book = search(code(float(name)), RATES[name], options.seed)
-        print(f"{name}: {error(book, directions(8192, 99)):.5f}", flush=True)
+    names = [*(f'trellis."{r}"' for r in options.rates), *(f'computed."{r}"' for r in options.computed)]
+    parts = {part.split("]")[0][1:]: part.strip() + "\n" for part in FILE.read_text().split("\n\n") if part}
+    for name in names or list(parts):
+        codec, bits = name.rstrip('"').split('."')
+        old = code(float(bits), codec)
+        book = search(old, RATES[bits], options.seed) if codec == "trellis" else search_computed(old, options.seed)
+        print(f"{codec} {bits}: {error(book, directions(8192, 99)):.5f}", flush=True)
         parts[name] = text(name, book)
-        FILE.write_text("\n".join(parts[n] for n in RATES))
+        FILE.write_text("\n".join(parts.values()))
 
 
 if __name__ == "__main__":

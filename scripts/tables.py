@@ -13,6 +13,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 NEEDLE_PROFILES = ("balanced", "compact", "extreme")
+OWN = ("tuned-", "graded-", "by-layer-")  # how names of profiles begin that differ from these in bits alone
 LONGEST_GRID = 32768  # tokens; beyond, one kind and profile
 SCALAR = "turbo-3"  # the profile of scalar codes that levels are compared with
 BEST_LEVELS = ("amx", "avx512-vnni", "avx2")  # of the machines in cpu.csv, one table each
@@ -113,13 +114,31 @@ def eval_table() -> str:
     return markdown(["model", "profile", "bits", "KLD", "same top token", "perplexity"], body)
 
 
-def tune_table() -> str:
-    """A row per model and level, a column per form; the last run of each."""
+def tune_runs(how: str) -> dict[tuple[str, str], dict[str, Row]]:
+    """By model and level, a row per form; the last run of each. how: `tuned` or `by-layer`."""
     runs: dict[tuple[str, str], dict[str, Row]] = {}
     for r in read("tune"):
-        runs.setdefault((model_name(r), option(r, "tuned", "")), {})[r["form"]] = r
+        if level := option(r, how, ""):
+            runs.setdefault((model_name(r), level), {})[r["form"]] = r
+    return runs
+
+
+def by_layer_table() -> str:
     body = []
-    for (model, level), forms in runs.items():
+    for (model, level), forms in tune_runs("by-layer").items():
+        pair = (forms["plain"], forms["by layer"])
+        bits = " / ".join(f"{float(r['bits_per_value']):.3f}" for r in pair)
+        kld = [f"{float(r['kld_mean']):.5f} ± {float(r['kld_se']):.5f}" for r in pair]
+        top = " / ".join(f"{100 * float(r['top1_agreement']):.1f}" for r in pair)
+        body.append([model, level, bits, *kld, top])
+    head = ["model", "level", "bits plain / by layer", "KLD plain", "by layer"]
+    return markdown([*head, "same top token, %, plain / by layer"], body)
+
+
+def tune_table() -> str:
+    """A row per model and level, a column per form."""
+    body = []
+    for (model, level), forms in tune_runs("tuned").items():
         plain, both, values = (forms[f] for f in ("plain", "tuned", "tuned values"))
         bits = " / ".join(f"{float(r['bits_per_value']):.3f}" for r in (plain, both))
         kld = [f"{float(r['kld_mean']):.5f} ± {float(r['kld_se']):.5f}" for r in (plain, both, values)]
@@ -179,7 +198,7 @@ def needle_loss_table() -> str:
     """A row per model and profile: every answer up to LONGEST_GRID tokens, and the loss with its standard error."""
     grid: dict[tuple[str, str], list[Row]] = {}
     for (context, model, _, profile), rows in needle_cells().items():
-        if context <= LONGEST_GRID and (profile in NEEDLE_PROFILES or profile.startswith(("tuned-", "graded-"))):
+        if context <= LONGEST_GRID and (profile in NEEDLE_PROFILES or profile.startswith(OWN)):
             grid.setdefault((model, profile.removesuffix(".toml")), []).extend(rows)
     body = []
     for (model, profile), rows in sorted(grid.items()):
@@ -333,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trellis": trellis_table,
     "legs": legs_table,
     "tune": tune_table,
+    "by_layer": by_layer_table,
     "graded": graded_table,
     "needle": partial(needle_table, False),
     "needle_loss": needle_loss_table,

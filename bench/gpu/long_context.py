@@ -55,9 +55,10 @@ def fold(e: CudaEngine, addresses: Tensor, seed: int) -> None:
     """Random keys and values into the pages at `addresses`."""
     torch.manual_seed(seed)
     for at in range(0, len(addresses), TILE):
-        some = addresses[at : at + TILE]
+        some = addresses[at : at + TILE].clone()
+        some[0] |= int(at == 0)  # the sequence's first page
         k, v = torch.randn(2, len(some), e.shape.kv_heads, 128, e.shape.head_dim, device=e.device, dtype=torch.bfloat16)
-        e.fold_to(k, v, at == 0, some)
+        e.fold_to(k, v, some)
 
 
 class Case:

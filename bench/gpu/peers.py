@@ -100,12 +100,13 @@ def store(rows: Rows, folder: Path) -> None:
     e = cd.engine("3", "3", shape)
     pages = torch.empty(STORE_TOKENS // 128, e.page_bytes, dtype=torch.uint8, device="cuda")
     at = torch.arange(len(pages), device="cuda") * e.page_bytes + pages.data_ptr()
+    at[0] |= 1  # a sequence's first page
     kp, vp = (x.unflatten(0, (-1, 128)).transpose(1, 2) for x in (k, v))
     layer = TurboQuant(folder, shape.kv_heads, shape.dim)
     cache, slots = layer.cache(STORE_TOKENS), torch.arange(STORE_TOKENS, dtype=torch.int32, device="cuda")
     timings = time_interleaved(
         {
-            "kvfold fold": Captured([lambda: e.fold_to(kp, vp, True, at)]),
+            "kvfold fold": Captured([lambda: e.fold_to(kp, vp, at)]),
             "vllm-turboquant store": Captured([lambda: layer.store(k, v, cache, slots)]),
         }
     )

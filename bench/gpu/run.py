@@ -20,9 +20,9 @@ from torch.nn.attention import SDPBackend
 
 from kvfold.bench import cuda_decode as cd
 from kvfold.bench.cuda_timing import copy_bandwidth, time_calls
-from kvfold.codebook.trellis import code
 from kvfold.engine.cuda.driver import compile_cubin
 from kvfold.engine.cuda.folding import parities_of
+from kvfold.engine.cuda.fragments import book_of
 
 START = time.monotonic()
 
@@ -122,19 +122,20 @@ def test_variants() -> list[tuple[str, tuple[int, ...]]]:
 
     out: list[tuple[str, tuple[int, ...]]] = []
     trellis = ((17, 15), (16, 14), (15, 13), (14, 12), (13, 17), (12, 16), (16, 4), (3, 14))
+    computed = ((26, 24), (24, 26), (26, 26), (24, 24), (26, 15), (24, 3), (1, 26))
     for dim in (64, 128, 256):
         out += [("viterbi.cu", (dim, *w)) for w in ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4))]
-        for k, v in trellis[:6]:  # both sides trellis codes
+        for k, v in (*trellis[:6], *computed[:5]):  # both sides trellis codes
             for centre, half in ((1, 0), (0, 1)):
                 for side, fmt in enumerate((k, v)):
-                    parities = parities_of(code((fmt - 10) / 2))
+                    parities = parities_of(book_of(fmt))
                     out.append(("fold_trellis.cu", (dim, k, v, centre, half, side, *parities)))
-        for k, v in (*trellis, (17, 17), (14, 14)):
+        for k, v in (*trellis, *computed, (17, 17), (14, 14)):
             out += [("unfold.cu", (dim, k, v, 1, 0)), ("unfold.cu", (dim, k, v, 0, 1))]
         for k, v in itertools.product((4, 3, 2, 1), repeat=2):
             out += [("fold.cu", (dim, k, v, 1, 0)), ("fold.cu", (dim, k, v, 0, 1))]
         for d, groups in WARPS:
-            for k, v in ((4, 4), (3, 3), (2, 2), (1, 1), (4, 3), (3, 1), (1, 4), *trellis):
+            for k, v in ((4, 4), (3, 3), (2, 2), (1, 1), (4, 3), (3, 1), (1, 4), *trellis, *computed):
                 for bulk, half in ((1, 0), (0, 0), (1, 1), (0, 1)):
                     if d == dim and not (half and groups > 1):
                         warps, slots = plan_rings(dim, (k, v), True, groups, 232448)

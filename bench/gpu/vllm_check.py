@@ -6,7 +6,8 @@ SITE: what vllm_site.py unpacked, or a vLLM that is installed. The shipped model
 
 - `lossless`, float32: greedy ids beside stock's, each prompt alone, again with its prefix cached, all at once. Triton
   multiplies float32 in fewer bits than torch, so ids may part where two tokens are close: stock's own are compared too.
-- profiles, float16: KL divergence over one window of 2,048 tokens in calls of 64, needles found at 4,096 tokens, and text.
+- profiles, float16: KL divergence over one window of 2,048 tokens in calls of 64, needles found at 4,096 tokens, and text;
+  and eight answers at once that fill pages, by decode steps in whole CUDA graphs beside steps without graphs.
 """
 
 from __future__ import annotations
@@ -58,6 +59,27 @@ def quality(workers: int) -> dict[str, Any]:
     }
 
 
+def in_steps(workers: int, graphs: bool) -> dict[str, Any]:
+    """Batches that shrink, so that a graph's last rows are no requests."""
+    captured = {
+        "enforce_eager": False,
+        "compilation_config": {
+            "custom_ops": ["none"],
+            "mode": 3,
+            "backend": "eager",
+            "cudagraph_mode": "FULL_AND_PIECEWISE",
+            "cudagraph_capture_sizes": [1, 4, 8],
+        },
+    }
+    return {
+        "steps": [step(*PROMPTS, max_tokens=160), step(*PROMPTS[:5], max_tokens=160)],
+        "dtype": "float16",
+        "tensor_parallel_size": workers,
+        "env": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        **(captured if graphs else {}),
+    }
+
+
 def parted(ours: list[list[int]], stock: list[list[int]]) -> list[tuple[int, int]]:
     """(prompt, place) of the first differing token of every answer that differs."""
     return [
@@ -75,7 +97,9 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     jobs = {(None, "ids"): same(given.workers), ("lossless", "ids"): same(given.workers)}
-    jobs |= {(p, "quality"): quality(given.workers) for p in (None, *given.profiles.split(","))}
+    profiles = given.profiles.split(",")
+    jobs |= {(p, "quality"): quality(given.workers) for p in (None, *profiles)}
+    jobs |= {(p, kind): in_steps(given.workers, kind == "graphs") for p in profiles for kind in ("no graphs", "graphs")}
     done: dict[tuple[str | None, str], Run] = {}
 
     def work(key: tuple[str | None, str]) -> None:
@@ -111,7 +135,7 @@ def main() -> None:
             rows.append(["lossless", name, f"{n - len(differ)} of {n} equal"])
         print("cached tokens", [ours.cached(n + i)[0] for i in range(n)], flush=True)
     stock = done.get((None, "quality"))
-    for profile in (None, *given.profiles.split(",")):
+    for profile in (None, *profiles):
         got = done.get((profile, "quality"))
         if got is None:
             continue
@@ -122,6 +146,13 @@ def main() -> None:
             folded, own = (torch.from_numpy(r.logprobs[0, 0]) for r in (got, stock))
             rows.append([profile, "kld", f"{float(compare(folded, own)[0].mean()):.5f}"])
         print(profile or "stock", rows[begin:], repr(tokenizer().decode(got.ids(2)[0])), flush=True)
+    for profile in profiles:
+        plain, captured = done.get((profile, "no graphs")), done.get((profile, "graphs"))
+        for i, n in enumerate((len(PROMPTS), 5)):
+            if plain and captured:
+                differ = parted(captured.ids(i), plain.ids(i))
+                print(f"{profile}, {n} answers in graphs: parted (prompt, place) from those without: {differ}", flush=True)
+                rows.append([profile, f"{n} answers in graphs, beside those without", f"{n - len(differ)} of {n} equal"])
     with (given.out / "gpu_vllm_check.csv").open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["date", "device", "torch", "workers", "cache", "what", "result", "commit"])

@@ -5,7 +5,7 @@
 SITE: what vllm_site.py unpacked, or a vLLM that is installed. NAME@GPUS: a cache (bf16, a --kv-cache-dtype, or a profile of
 kvfold) and the GPUs it takes, such as 0, or 01 for two workers of tensor parallelism. The model has the shape of Llama-3.1-8B
 with --layers layers and random weights. Every contender is an engine in processes of its own, in vLLM's usual mode (an engine
-core beside the client, scheduling ahead), with CUDA graphs around attention. All are up at once and take turns: each reads the
+core beside the client, scheduling ahead), with CUDA graphs of whole decode steps where its cache can be captured. All are up at once and take turns: each reads the
 prompts once, then rounds let each continue them, in turn from another contender on. A step's time is what lies between the
 answers of two steps in which every request got one token.
 """
@@ -35,7 +35,7 @@ LLAMA = {
     "initializer_range": 0.02,
 }  # fmt: skip
 FIELDS = (
-    "date", "device", "torch", "vllm", "cache", "gpus", "layers", "batch", "context", "eager", "read_s", "step_ms",
+    "date", "device", "torch", "vllm", "cache", "gpus", "layers", "batch", "context", "graphs", "read_s", "step_ms",
     "step_mean_ms", "step_p90_ms", "tokens_per_s", "cache_tokens", "times_fp8", "commit",
 )  # fmt: skip
 OWN = {"bf16": "auto"}  # vLLM's own caches that are not named after their --kv-cache-dtype
@@ -51,6 +51,9 @@ FIXED = {
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
+
+
+GRAPHS = ("FULL_AND_PIECEWISE", "PIECEWISE", "NONE")  # tried in turn
 
 
 def is_profile(cache: str) -> bool:
@@ -93,11 +96,11 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
         kv_cache_memory_bytes=int(share * tokens * given.layers * layer_bytes) // workers + (256 << 20),
         tensor_parallel_size=workers,
         disable_custom_all_reduce=True,
-        enforce_eager=given.eager,
+        enforce_eager=given.graphs == "NONE",
         compilation_config={
             "custom_ops": ["none"],
-            **({} if given.eager else {"mode": 3, "backend": "eager", "cudagraph_mode": "PIECEWISE"}),
-            **({} if given.eager else {"cudagraph_capture_sizes": [given.batch]}),
+            **({} if given.graphs == "NONE" else {"mode": 3, "backend": "eager", "cudagraph_mode": given.graphs}),
+            **({} if given.graphs == "NONE" else {"cudagraph_capture_sizes": [given.batch]}),
         },
         kernel_config={"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
         **kv,
@@ -135,12 +138,12 @@ def serve(cache: str, given: argparse.Namespace, model: str) -> None:
 class Contender:
     """An engine that is up, or the reason why not."""
 
-    def __init__(self, text: str, arguments: list[str], logs: Path, deadline: float) -> None:
+    def __init__(self, text: str, arguments: list[str], graphs: str, logs: Path, deadline: float) -> None:
         self.name, self.arguments = text, arguments
         self.cache, _, gpus = text.partition("@")
         self.gpus = gpus or "0"
         self.log = logs / f"vllm-{text.replace('@', '-')}.log"
-        self.eager = "--eager" in arguments
+        self.graphs = graphs
         self.read_s: float | None = None
         self.turns: list[list[float]] = []
         self.deadline = deadline
@@ -153,7 +156,7 @@ class Contender:
             "CUDA_VISIBLE_DEVICES": ",".join(self.gpus),
             "PYTHONPATH": f"{source}:{os.environ.get('PYTHONPATH', '')}",
         }
-        inner = ["--inner", self.cache, "--gpus", self.gpus, *(["--eager"] if self.eager else [])]
+        inner = ["--inner", self.cache, "--gpus", self.gpus, "--graphs", self.graphs]
         self.process = subprocess.Popen(
             [sys.executable, __file__, *self.arguments, *inner],
             env={**os.environ, **FIXED, **chosen, **path},
@@ -172,17 +175,17 @@ class Contender:
         return json.loads(line) if line else None
 
     def up(self) -> bool:
-        """Whether it is; one that cannot be captured in graphs is tried without."""
+        """Whether it is; one that cannot be captured in such graphs is tried with lesser ones."""
         said = self.answer()
         if said is None:
-            print(f"{self.name} did not start (eager: {self.eager}):\n{self.log.read_text()[-2000:]}", flush=True)
-            if self.eager or time.monotonic() > self.deadline:
+            print(f"{self.name} did not start (graphs: {self.graphs}):\n{self.log.read_text()[-2000:]}", flush=True)
+            if self.graphs == GRAPHS[-1] or time.monotonic() > self.deadline:
                 return False
-            self.eager = True
+            self.graphs = GRAPHS[GRAPHS.index(self.graphs) + 1]
             self.start()
             return self.up()
         self.tokens, self.torch = said
-        print(f"{self.name} is up, eager: {self.eager}, its cache holds {self.tokens} tokens", flush=True)
+        print(f"{self.name} is up, graphs: {self.graphs}, its cache holds {self.tokens} tokens", flush=True)
         return True
 
     @property
@@ -238,7 +241,7 @@ def write(contenders: list[Contender], given: argparse.Namespace) -> None:
             row = {
                 "date": datetime.now(UTC).date(), "device": given.device, "torch": c.torch, "vllm": "0.32.0", "cache": c.cache,
                 "gpus": len(c.gpus), "layers": given.layers, "batch": given.batch, "context": given.context,
-                "eager": int(c.eager), "read_s": f"{c.read_s:.2f}", "step_ms": f"{median:.3f}", "step_mean_ms": f"{mean:.3f}",
+                "graphs": c.graphs, "read_s": f"{c.read_s:.2f}", "step_ms": f"{median:.3f}", "step_mean_ms": f"{mean:.3f}",
                 "step_p90_ms": f"{steps[len(steps) * 9 // 10]:.3f}", "tokens_per_s": f"{1000 * given.batch / mean:.1f}",
                 "cache_tokens": c.tokens, "times_fp8": f"{fp8 / median:.3f}" if fp8 else "",
                 "commit": commit(),
@@ -256,7 +259,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a step at most")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--graphs", default=GRAPHS[0], choices=GRAPHS, help="the most that is tried")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which what is missing is left out")
     parser.add_argument("--inner", help=argparse.SUPPRESS)
@@ -278,7 +281,7 @@ def main() -> None:
         Path(folder, "config.json").write_text(json.dumps({**LLAMA, **more}))
         arguments = [*sys.argv[1:], "--model", folder]
         deadline = time.monotonic() + given.limit
-        contenders = [Contender(text, arguments, given.out, deadline) for text in given.contenders.split(",")]
+        contenders = [Contender(text, arguments, given.graphs, given.out, deadline) for text in given.contenders.split(",")]
         contenders = read([c for c in contenders if c.up()], given)
         up = list(contenders)
         for number in range(given.rounds):

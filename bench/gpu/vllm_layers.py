@@ -2,11 +2,12 @@
 
     python bench/gpu/vllm_layers.py [--vllm FOLDER] [--profiles balanced,turbo-3] [--layers 8] [--workers 1,2]
 
-A step is what an engine's step asks of its attention layers: a plan from the block tables, made on the host, then in every
-layer tokens stored, full pages folded, attention, and the output's projection; with two workers each holds half of the heads
-and every layer ends in an all-reduce. Pages and exact tokens lie in blocks in random places. Beside it: flash attention over a
-16-bit cache, and vLLM's TurboQuant kernels at 3 bits (--vllm: an unpacked vllm wheel). A step's time is the host's, from
-call to done, the sum of all layers.
+A step is what an engine's step asks of its attention layers: block tables to the GPU, then in every layer tokens stored, full
+pages folded, attention, and the output's projection; with two workers each holds half of the heads and every layer ends in an
+all-reduce. Pages and exact tokens lie in blocks in random places. Three ways: `planned` on the host, as steps with prompts
+among them are; `alone`, the kernels reading the block tables; `graph`, the same as a CUDA graph. Beside them: flash attention
+over a 16-bit cache, and vLLM's TurboQuant kernels at 3 bits (--vllm: an unpacked vllm wheel). A step's time is the host's,
+from call to done, the sum of all layers.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from kvfold.adapters.vllm.layer import PooledLayer
 from kvfold.adapters.vllm.step import Geometry, plan
 from kvfold.bench.cuda_decode import random_pages
 from kvfold.config import PAGE_TOKENS
+from kvfold.engine.cuda import pooled
 from kvfold.engine.cuda.engine import CudaEngine
+from kvfold.engine.cuda.steps import Requests
 from kvfold.engine.pools import Pools
 from kvfold.engine.request import LayerShape
 
 HEADS, KV_HEADS, DIM, HIDDEN, EXACT = 32, 8, 128, 4096, 16
+WAYS = ("planned", "alone", "graph")
 STEPS = 140  # more than a page: every sequence folds one
 
 
@@ -62,9 +66,9 @@ class Tables:
 
 
 def folded_step(
-    profile: str, layers: int, batch: int, context: int, rank: int, workers: int
-) -> tuple[Callable[[], None], str]:
-    """One decode step of all layers, and the engine's name."""
+    profile: str, way: str, layers: int, batch: int, context: int, rank: int, workers: int
+) -> Callable[[], None]:
+    """One decode step of all layers."""
     spec, heads = profiles.load(profile).spec, KV_HEADS // workers
     device = torch.device("cuda", rank)
     tables, geometry = Tables(batch, context, spec.window), Geometry(spec.window, spec.sinks, 1, EXACT)
@@ -73,21 +77,49 @@ def folded_step(
         engine = CudaEngine(spec, LayerShape(i, heads, DIM, 2, rank * heads), torch.bfloat16, device)
         pages = random_pages(engine, 1 + tables.pages.size)[:, None]
         exact = torch.randn(1 + tables.exact_blocks.size, heads, EXACT, 2 * DIM, device=device, dtype=torch.bfloat16)
-        stack.append(PooledLayer(engine, Pools(pages, exact)))
+        stack.append(PooledLayer(engine, Pools(pages, exact), batch))
         weights.append(torch.randn(HEADS // workers * DIM, HIDDEN, device=device, dtype=torch.bfloat16) / 64)
     q = torch.randn(batch, HEADS // workers, DIM, device=device, dtype=torch.bfloat16)
     k, v = torch.randn(2, batch, heads, DIM, device=device, dtype=torch.bfloat16)
     out = torch.empty_like(q)
 
-    def step() -> None:
-        made = plan(geometry, *tables.step())
+    def through(attend: Callable[[PooledLayer], None]) -> None:
         for layer, weight in zip(stack, weights, strict=True):
-            layer.run(made, q, k, v, DIM**-0.5, out)
+            attend(layer)
             hidden = out.flatten(1) @ weight
             if workers > 1:
                 dist.all_reduce(hidden)
 
-    return step, stack[0].engine.name
+    def planned() -> None:
+        made = plan(geometry, *tables.step())
+        pooled.join()
+        through(lambda layer: layer.run(made, q, k, v, DIM**-0.5, out))
+
+    if way == "planned":
+        return planned
+    mine = [torch.from_numpy(x.astype(np.int32)).pin_memory() for x in tables.step()[1:]]
+    requests = Requests(*(x.to(device) for x in mine), 1)
+    graph = torch.cuda.CUDAGraph() if way == "graph" else None
+
+    def alone() -> None:
+        through(lambda layer: layer.steps.run(requests, q, k, v, DIM**-0.5, out))
+
+    if graph is not None:
+        alone()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            alone()
+
+    def step() -> None:
+        for on_host, on_device, x in zip(mine, (requests.lengths, requests.pages, requests.exact), tables.step()[1:], strict=True):
+            on_host.numpy()[:] = x
+            on_device.copy_(on_host, non_blocking=True)
+        if graph is not None:
+            graph.replay()
+        else:
+            alone()
+
+    return step
 
 
 def sixteen_bit_step(layers: int, batch: int, context: int) -> Callable[[], None]:
@@ -137,7 +169,9 @@ def worker(rank: int, workers: int, given: argparse.Namespace) -> None:
         dist.init_process_group("nccl", rank=rank, world_size=workers)
     size = (given.layers, given.batch, given.context)
     contenders: dict[str, Callable[[], Callable[[], None]]] = {
-        p: lambda p=p: folded_step(p, *size, rank, workers)[0] for p in given.profiles.split(",")
+        f"{p} {way}": lambda p=p, way=way: folded_step(p, way, *size, rank, workers)
+        for p in given.profiles.split(",")
+        for way in WAYS
     }
     if workers == 1:
         contenders["16 bits, flash"] = lambda: sixteen_bit_step(*size)
@@ -145,7 +179,7 @@ def worker(rank: int, workers: int, given: argparse.Namespace) -> None:
             contenders["vLLM turboquant 3 bits"] = lambda: turboquant_step(given.vllm, *size)
     for name, make in contenders.items():
         try:
-            times = sorted(measure(make(), STEPS if name in given.profiles else 20))
+            times = sorted(measure(make(), STEPS if name.split()[-1] in WAYS else 20))
         except Exception as error:  # noqa: BLE001 one that cannot run must not cost the others
             print(f"{name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
             continue

@@ -25,7 +25,9 @@ CODEC_BITS: dict[str, tuple[float, ...]] = {
     "polar": (3.875,),
     "split": (2.5, 3.5),
     "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
+    "computed": (2, 3),
 }
+TRELLIS_CODECS = ("trellis", "computed")  # paths of a trellis; levels out of a table, or sums of what bits are worth
 STATES = ("exact", "int8")
 # Graded caches: half bits that the first layers have less than the others. The last layer has all of them (measured: LOG.md).
 GRADED_KEYS = (-1,)
@@ -33,8 +35,7 @@ GRADED_VALUES = (-1, -1)
 GRADED_TOP = 3.5  # bits that every engine has kernels for
 # What profile files may hold in each field.
 KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
-SCALED_CODECS = ("mse", "uniform", "split", "trellis")
-SEARCHED_CODECS = ("mse", "uniform", "split", "trellis")
+SCALED_CODECS = SEARCHED_CODECS = ("mse", "uniform", "split", *TRELLIS_CODECS)
 
 
 TUNED = "tuned"  # its bits are an average over channels that a basis names
@@ -57,7 +58,7 @@ class SideSpec:
     names count everything). scale: how one stored scale per vector is chosen (SCALED_CODECS only): `norm` keeps
     the vector's length times the codebook (paper), `unbiased` makes <x, x_hat> = |x|^2, `least-squares` minimises the
     error, `match` makes |x_hat| = |x|. search: how many codebook grids the encoder tries per vector, 1 or 3; `trellis`
-    searches its paths once for each.
+    and `computed` search their paths once for each.
     rotation: `hadamard` (seeded signs) or `dense` (paper). sketch: the matrix whose signs `prod` and `qjl` keep:
     `gaussian` (paper), or `orthogonal`, unbiased too and of less variance. basis: of codec `tuned`, the digest of the file
     that has a model's bases and the bits of their channels, of which `bits` is the average over this side.
@@ -92,10 +93,10 @@ class SideSpec:
         ):
             raise InvalidConfig(
                 f"search {self.search} does not go with codec {self.codec!r} and scale {self.scale!r}",
-                "Use 1, or 3 with codec 'trellis', 'mse' or 'uniform' and a scale other than 'norm'",
+                "Use 1, or 3 with codec 'trellis', 'computed', 'mse' or 'uniform' and a scale other than 'norm'",
             )
-        if self.codec == "trellis" and self.rotation != "hadamard":
-            raise InvalidConfig("codec 'trellis' has no dense rotation", "Use rotation 'hadamard'")
+        if self.codec in TRELLIS_CODECS and self.rotation != "hadamard":
+            raise InvalidConfig(f"codec {self.codec!r} has no dense rotation", "Use rotation 'hadamard'")
         if self.rotation not in ROTATIONS:
             raise InvalidConfig(f"unknown rotation {self.rotation!r}", f"Use one of: {', '.join(ROTATIONS)}")
         if self.sketch not in SKETCHES:
@@ -109,8 +110,9 @@ class CacheSpec:
     window: newest tokens a query reads exactly. sinks: first tokens read exactly. centre: subtract each page's mean
     key before folding and add q . mean back to its scores, which is exact. seed: of signs, rotations and sketches. states: how
     recurrent states of hybrid models are kept between calls: as they are, or in 8 bits a number. graded: the last layer's
-    keys and values get more bits than those between, the first layers' fewer, as many in all; trellis codes only. Layers
-    of latents and of sliding windows are not graded.
+    keys and values get more bits than those between, the first layers' fewer, as many in all; trellis codes only.
+    bits_by_layer: instead, bits of keys and values of every layer of full attention that folds, in order, as `kvfold tune
+    --by-layer` measures them. Layers of latents and of sliding windows have the bits of `key` and `value` in either case.
     """
 
     key: SideSpec = field(default_factory=lambda: SideSpec(scale="unbiased"))
@@ -121,9 +123,11 @@ class CacheSpec:
     seed: int = 1
     states: str = "exact"
     graded: bool = False
+    bits_by_layer: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check_kinds(self)
+        self._check_layers()
         if self.graded and not self.key.codec == self.value.codec == "trellis":
             raise InvalidConfig(
                 "only trellis codes are graded", "Leave graded out, or use codec 'trellis' on both sides"
@@ -139,10 +143,31 @@ class CacheSpec:
         if self.centre and self.key.codec == "raw":
             raise InvalidConfig("raw keys are exact and are not centred", "Set centre = false")
 
+    def _check_layers(self) -> None:
+        """TOML and JSON have lists where a spec, which is a key of tables, has tuples."""
+        try:
+            pairs = tuple((float(key), float(value)) for key, value in self.bits_by_layer)
+        except (TypeError, ValueError) as error:
+            raise InvalidConfig(
+                f"bits_by_layer = {self.bits_by_layer!r} are not pairs of numbers",
+                "Give [key bits, value bits] for each layer",
+            ) from error
+        object.__setattr__(self, "bits_by_layer", pairs)
+        if pairs and (self.graded or TUNED in (self.key.codec, self.value.codec)):
+            raise InvalidConfig("layers have their bits from one place only", "Leave bits_by_layer out")
+        for place in range(len(pairs)):
+            self.for_layer(place, len(pairs))  # widths that a codec does not have are refused
+
+    @property
+    def by_place(self) -> bool:
+        """Whether layers have bits of their own, so that pages differ in size."""
+        return self.graded or bool(self.bits_by_layer)
+
     def with_overrides(self, **changes: object) -> CacheSpec:
         """A copy with fields replaced. `key_*` and `value_*` (codec, bits, scale, rotation, search) reach into a side,
         `scale` into both. A codec named without a width takes its width nearest to the old one; a search that the new
-        codec or scale does not know is dropped. None leaves a field as it is."""
+        codec or scale does not know is dropped, and so are bits by layer if a codec or bits change. None leaves a field as it
+        is."""
         side: dict[str, dict[str, object]] = {"key": {}, "value": {}}
         top: dict[str, object] = {}
         for name, value in changes.items():
@@ -158,23 +183,35 @@ class CacheSpec:
         for head, own in side.items():
             if own:
                 top[head] = _changed_side(getattr(self, head), own)
+            if own.keys() & {"codec", "bits"} or top.get("graded"):
+                top.setdefault("bits_by_layer", ())
         return replace(self, **top)  # type: ignore[arg-type]
 
     def for_latents(self) -> CacheSpec:
         """For layers of latent attention: latents folded as keys are, their rotary parts kept as they are."""
-        return replace(self, value=SideSpec(codec="raw", bits=16), graded=False)
+        return replace(self, value=SideSpec(codec="raw", bits=16), graded=False, bits_by_layer=())
 
     def for_windows(self) -> CacheSpec:
         """For sliding and chunked layers, which pass their first tokens: none of them are kept as sinks."""
-        return replace(self, sinks=0, graded=False)
+        return replace(self, sinks=0, graded=False, bits_by_layer=())
 
     def for_layer(self, place: int, layers: int) -> CacheSpec:
-        """For layer number `place` of `layers` that fold: with bits of its own if the cache is graded."""
-        if not self.graded:
+        """For layer number `place` of `layers` that fold, with bits of its own. Raises InvalidConfig if bits_by_layer is
+        of another number of layers."""
+        if not self.by_place:
             return self
-        sides = ((self.key, GRADED_KEYS), (self.value, GRADED_VALUES))
-        key, value = (_graded(side, steps, place, layers) for side, steps in sides)
-        return replace(self, key=key, value=value, graded=False)
+        if self.graded:
+            sides = ((self.key, GRADED_KEYS), (self.value, GRADED_VALUES))
+            key, value = (_graded(side, steps, place, layers) for side, steps in sides)
+        else:
+            if layers != len(self.bits_by_layer):
+                raise InvalidConfig(
+                    f"bits_by_layer names {len(self.bits_by_layer)} layers, and {layers} fold",
+                    "Run kvfold tune on this model",
+                )
+            own = zip((self.key, self.value), self.bits_by_layer[place], strict=True)
+            key, value = (replace(side, bits=bits) for side, bits in own)
+        return replace(self, key=key, value=value, graded=False, bits_by_layer=())
 
     def ring_tokens(self) -> int:
         """Slots of the exact ring. Window, a page being filled, and the exact copy of every page that a trim inside

@@ -36,6 +36,8 @@ SIDES = {
         SideSpec("trellis", 1.5, "unbiased", search=3),
         SideSpec("trellis", 2, "least-squares", search=3),
     ),
+    "trellis-computed-3-2": (SideSpec("computed", 3, "unbiased"), SideSpec("computed", 2, "unbiased", search=3)),
+    "trellis-computed-2-mse": (SideSpec("computed", 2, "least-squares"), SideSpec("mse", 4, "unbiased")),
     "trellis-3.5-mse": (SideSpec("trellis", 3.5, "unbiased"), SideSpec("mse", 3, "unbiased")),
     "mse-trellis-2.5": (SideSpec("mse", 4, "unbiased"), SideSpec("trellis", 2.5, "unbiased")),
 }

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from kvfold.codebook.trellis import code
 from kvfold.engine.cuda import driver
 from kvfold.engine.cuda.arguments import plan_rings, shared_limit
 from kvfold.engine.cuda.folding import parities_of
+from kvfold.engine.cuda.fragments import TRELLIS, book_of
 from kvfold.errors import NoImplementation
 
 # Bytes of register spills a variant may have. The page loop itself holds almost none (see docs/gpu.md); what spills lies
@@ -17,8 +17,7 @@ from kvfold.errors import NoImplementation
 SPILL_BUDGET = {"decode.cu": 320, "fold.cu": 64, "unfold.cu": 0}
 CAPABILITY = {"80": (8, 0), "86": (8, 6), "90": (9, 0), "100": (10, 0), "120": (12, 0)}
 ARCHS = tuple(CAPABILITY)
-FORMATS = ((4, 4), (3, 3), (1, 1), (3, 1), (17, 15))
-TRELLIS = 10  # formats above it
+FORMATS = ((4, 4), (3, 3), (1, 1), (3, 1), (17, 15), (26, 24))
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +44,18 @@ def test_decode_fits(arch: str, dim: int, groups: int) -> None:
         assert spilled <= SPILL_BUDGET["decode.cu"], (variant, spilled)
 
 
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("rates", [(1, 3.5), (3.5, 1)])
+def test_rates_far_from_each_other_fit(arch: str, rates: tuple[float, float]) -> None:
+    """Layers with bits of their own bring pairs that no profile has."""
+    key, value = (TRELLIS + int(2 * rate) for rate in rates)
+    warps, slots = plan_rings(128, (key, value), True, 1, shared_limit(CAPABILITY[arch]))
+    variant = (128, key, value, 1, 1, warps, slots, int(CAPABILITY[arch] >= (9, 0)), 0, 0)
+    registers, spilled = resources("decode.cu", variant, arch)
+    assert registers * warps * 32 <= 65536, registers
+    assert spilled <= SPILL_BUDGET["decode.cu"], spilled
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_logits_fit(arch: str) -> None:
     for dim, groups, key, value in ((64, 1, 17, 15), (128, 1, 4, 4), (128, 4, 1, 1), (256, 2, 3, 3)):
@@ -68,6 +79,13 @@ def test_fold_and_unfold_stay_in_registers(arch: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_entering_fits(arch: str) -> None:
+    for dim in (64, 128, 256):
+        registers, spilled = resources("enter.cu", (dim,), arch)
+        assert (registers <= 64, spilled) == (True, 0), (dim, registers, spilled)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("widths", [(1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4)])
 def test_search_fits(arch: str, widths: tuple[int, int]) -> None:
     registers, spilled = resources("viterbi.cu", (128, *widths), arch)
@@ -75,9 +93,10 @@ def test_search_fits(arch: str, widths: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "dim", "rate"), [("90", 64, 1), ("90", 128, 2), ("90", 256, 3.5), ("80", 128, 3.5), ("120", 128, 3.5)]
+    ("arch", "dim", "fmt", "side"),
+    [("90", 64, 12, 0), ("90", 128, 14, 0), ("90", 256, 17, 0), ("80", 128, 17, 0), ("120", 128, 17, 0)]
+    + [("90", 128, 24, 1), ("90", 64, 26, 0), ("80", 256, 26, 1), ("120", 128, 24, 0)],
 )
-def test_trellis_fold_fits(arch: str, dim: int, rate: float) -> None:
-    fmt = TRELLIS + int(2 * rate)
-    registers, spilled = resources("fold_trellis.cu", (dim, fmt, fmt, 1, 0, 0, *parities_of(code(rate))), arch)
+def test_trellis_fold_fits(arch: str, dim: int, fmt: int, side: int) -> None:
+    registers, spilled = resources("fold_trellis.cu", (dim, fmt, fmt, 1, 0, side, *parities_of(book_of(fmt))), arch)
     assert (registers <= 255, spilled) == (True, 0), (registers, spilled)

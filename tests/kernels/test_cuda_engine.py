@@ -48,9 +48,10 @@ def vectors(*shape: int, dtype: torch.dtype, offset: float = 0.0) -> torch.Tenso
 
 
 TRELLIS = [("a", "b"), ("c", "d"), ("b", "e"), ("d", "f"), ("e", "a"), ("f", "c"), ("c", "4"), ("3", "d")]
+COMPUTED = [("g", "h"), ("h", "g"), ("g", "g"), ("h", "h"), ("g", "b"), ("h", "3"), ("u", "g")]
 
 
-@pytest.mark.parametrize(("key", "value"), [*itertools.product("432u", repeat=2), *TRELLIS])
+@pytest.mark.parametrize(("key", "value"), [*itertools.product("432u", repeat=2), *TRELLIS, *COMPUTED])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_fold_bytes_equal_the_canonical_encoder(key: str, value: str, dim: int) -> None:
     for dtype, centre, search, sinks in (
@@ -164,7 +165,8 @@ VARIED = [(3968, 130, 0), (0, 5, 0), (128, 64, 0), (1000, 0, 0), (256, 191, 0), 
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("4", "4"), ("3", "3"), ("2", "2"), ("u", "u"), ("4", "3"), ("3", "u"), ("u", "4"), *TRELLIS]
+    ("key", "value"),
+    [("4", "4"), ("3", "3"), ("2", "2"), ("u", "u"), ("4", "3"), ("3", "u"), ("u", "4"), *TRELLIS, *COMPUTED],
 )
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("bulk", [True, False])
@@ -183,7 +185,9 @@ def test_several_queries(groups: int, new: int) -> None:
         assert attend_both(cuda, plain, rows, groups, new, torch.bfloat16) < 1
 
 
-@pytest.mark.parametrize(("key", "value"), [("4", "3"), ("3", "u"), ("u", "2"), ("2", "4"), *TRELLIS[:4]])
+@pytest.mark.parametrize(
+    ("key", "value"), [("4", "3"), ("3", "u"), ("u", "2"), ("2", "4"), *TRELLIS[:4], *COMPUTED[:2]]
+)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_prefill_over_pages(key: str, value: str, dim: int) -> None:
     rows = [(0, 0, 0), (3968, 130, 0), (1000, 7, 30), (128, 64, 199), (256, 9, 200)]

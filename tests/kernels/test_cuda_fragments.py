@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from kvfold.codebook.trellis import code
+from kvfold.codebook.trellis import STATES, code
 from kvfold.config import CacheSpec, SideSpec
+from kvfold.engine.cuda.computed import pack_starts, pack_words, unpack_starts, unpack_words
 from kvfold.engine.cuda.fragments import Fragments, bits_of, format_of, from_words, index, to_words
 from kvfold.engine.cuda.streams import pack_streams, unpack_streams
 from kvfold.engine.on_torch import TorchEngine
@@ -16,6 +17,7 @@ from kvfold.engine.request import LayerShape
 
 CODECS = [("mse", 4), ("mse", 3), ("mse", 2), ("uniform", 2)]
 TRELLIS = [("trellis", b) for b in (1, 1.5, 2, 2.5, 3, 3.5)]
+COMPUTED = [("computed", b) for b in (2, 3)]
 
 
 PAIRS = [
@@ -23,6 +25,9 @@ PAIRS = [
     *itertools.pairwise(TRELLIS),
     (TRELLIS[5], CODECS[1]),
     (CODECS[0], TRELLIS[0]),
+    *itertools.product(COMPUTED, repeat=2),
+    (COMPUTED[1], TRELLIS[2]),
+    (CODECS[1], COMPUTED[0]),
 ]
 
 
@@ -39,6 +44,17 @@ def test_round_trip(key: tuple[str, float], value: tuple[str, float], dim: int, 
     assert native.shape[1] == fragments.page_bytes
     assert torch.equal(fragments.to_canonical(native), rows)
     assert len(native.unique(dim=0)) == 3
+
+
+@pytest.mark.parametrize("width", [2, 3])
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_words_of_computed_codes_hold_every_bit(width: int, value: bool, dim: int) -> None:
+    """Words to symbols and back: with the round trip above, each word of a half page is another one's."""
+    words = torch.randint(0, 256, (5, 8 * dim * width), dtype=torch.uint8)
+    assert torch.equal(pack_words(unpack_words(words, dim, width, value), width, value), words)
+    states = torch.randint(0, STATES, (5, 64), dtype=torch.uint8)
+    assert torch.equal(unpack_starts(pack_starts(states, width, value), width, value), states)
 
 
 @pytest.mark.parametrize("fmt", [4, 3, 2, 1])

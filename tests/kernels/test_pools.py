@@ -16,6 +16,7 @@ from kvfold.engine.cpu import library, pooled
 from kvfold.engine.cpu.engine import CpuEngine
 from kvfold.engine.cuda import pooled as on_cuda
 from kvfold.engine.cuda.engine import CudaEngine, why_not
+from kvfold.engine.cuda.steps import Watch
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.pools import PooledCall, PooledFold, Pools
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
@@ -228,12 +229,13 @@ def cuda_engine(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype) -> CudaE
 
 
 TRELLIS = CacheSpec(SideSpec("trellis", 3.5, "unbiased", search=1), SideSpec("trellis", 2.5, "unbiased", search=1))
+COMPUTED = CacheSpec(SideSpec("computed", 3, "unbiased"), SideSpec("computed", 2, "unbiased"))
 
 
 @CALLS
 @pytest.mark.parametrize(("block_pages", "exact_tokens"), [(1, 16), (3, 32)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spec", [SPEC, TRELLIS], ids=["scalar", "trellis"])
+@pytest.mark.parametrize("spec", [SPEC, TRELLIS, COMPUTED], ids=["scalar", "trellis", "computed"])
 def test_pools_on_a_gpu(
     spec: CacheSpec, dtype: torch.dtype, block_pages: int, exact_tokens: int, shapes: list[tuple[int, int, int]]
 ) -> None:
@@ -252,9 +254,9 @@ def test_pools_on_a_gpu(
             assert close(got, want), f"sequence {i}"
 
 
-@pytest.mark.parametrize("spec", [SPEC, TRELLIS], ids=["scalar", "trellis"])
+@pytest.mark.parametrize("spec", [SPEC, TRELLIS, COMPUTED], ids=["scalar", "trellis", "computed"])
 def test_folds_beside_the_calls(spec: CacheSpec) -> None:
-    """The same bytes as a fold that is waited for, in scattered places; what cannot be folded is told when it is waited for."""
+    """The same bytes as a fold that is waited for, in scattered places; what cannot be folded is flagged."""
     engine = cuda_engine(spec, LayerShape(2, HEADS, DIM, 2), torch.bfloat16)
     host = Host(engine, 3, 16, torch.bfloat16, GPU)
     folding = on_cuda.Folding(engine)
@@ -267,14 +269,23 @@ def test_folds_beside_the_calls(spec: CacheSpec) -> None:
     folding.fold(
         [PooledFold(keys[at].clone(), values[at].clone(), first, numbers[at]) for at, first in parts], host.pools
     )
-    folding.settle()
+    on_cuda.join()
     assert all(torch.equal(host.pools.row(n), row) for n, row in zip(numbers.tolist(), want, strict=True))
     keys[1, 0, 3, 5] = float("nan")
+    watch = Watch(GPU)
+    engine.report_to(watch.flag(2))
+    watch.look()
     folding.fold([PooledFold(keys, values, True, numbers)], host.pools)
+    on_cuda.join()
+    watch.look()
+    torch.cuda.synchronize()
     with pytest.raises(NonFiniteInput):
-        folding.settle()
+        watch.look()
     folding.fold([PooledFold(keys[:1], values[:1], True, numbers[:1])], host.pools)
-    folding.settle()
+    on_cuda.join()
+    for _ in range(2):
+        watch.look()
+        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("name", ["torch", "cpu"])

@@ -13,10 +13,15 @@ from kvfold.codebook.trellis import ERROR_TOP, STATE_BITS, STATES, Code, code, p
 from kvfold.codec.fields import fields
 from kvfold.codec.reference import build
 from kvfold.codec.trellis import FULL, quantize_inputs, read_levels, viterbi
-from kvfold.config import CODEC_BITS, PAGE_TOKENS, SideSpec
+from kvfold.config import CODEC_BITS, PAGE_TOKENS, TRELLIS_CODECS, SideSpec
 from kvfold.errors import InvalidConfig, UnsupportedHeadDim
 
-RATES = CODEC_BITS["trellis"]
+# A computed code's X and Y, of the step's symbol and those before it (kernels/computed.cuh).
+FIELDS = {
+    2: lambda s: (s[0] ^ s[1] ^ s[3], s[1] ^ (s[2] << 1 & 2)),
+    3: lambda s: (s[0] ^ s[1] ^ s[2], s[1] ^ (s[1] << 2 & 4)),
+}
+CODES = [(codec, bits) for codec in TRELLIS_CODECS for bits in CODEC_BITS[codec]]
 
 
 def directions(count: int, dim: int, seed: int) -> np.ndarray:
@@ -30,10 +35,10 @@ def metric(x: np.ndarray, levels: np.ndarray, book: Code) -> np.ndarray:
     return (error**2 >> book.shift).sum(-1)
 
 
-@pytest.mark.parametrize("bits", RATES)
-def test_no_path_is_better_than_the_one_found(bits: float) -> None:
+@pytest.mark.parametrize(("codec", "bits"), CODES)
+def test_no_path_is_better_than_the_one_found(codec: str, bits: float) -> None:
     """Every start state and every string of symbols, over as many steps as make a few thousand paths."""
-    book = code(bits)
+    book = code(bits, codec)
     steps = {1: 9, 1.5: 6, 2: 5, 2.5: 4, 3: 3, 3.5: 3, 4: 2}[bits]
     x = quantize_inputs(np.random.default_rng(3).standard_normal((40, steps)).astype(np.float32), book)
     choices = [range(1 << book.widths[t % book.period]) for t in range(steps)]
@@ -46,10 +51,10 @@ def test_no_path_is_better_than_the_one_found(bits: float) -> None:
         assert best == metric(row, all_levels, book).min()
 
 
-@pytest.mark.parametrize("bits", RATES)
-def test_symbols_and_a_start_state_are_all_a_decoder_needs(bits: float) -> None:
+@pytest.mark.parametrize(("codec", "bits"), CODES)
+def test_symbols_and_a_start_state_are_all_a_decoder_needs(codec: str, bits: float) -> None:
     """A decoder on strings of bits: no register, no tables of windows."""
-    book = code(bits)
+    book = code(bits, codec)
     symbols, states = viterbi(quantize_inputs(directions(6, 64, 1) * 8, book), book)
     for row, state, levels in zip(symbols, states, read_levels(symbols, states, book), strict=True):
         held = f"{state:06b}"
@@ -61,11 +66,11 @@ def test_symbols_and_a_start_state_are_all_a_decoder_needs(bits: float) -> None:
             assert levels[t] == book.levels[index]
 
 
-@pytest.mark.parametrize("bits", RATES)
-def test_books_are_what_the_format_says(bits: float) -> None:
-    book = code(bits)
+@pytest.mark.parametrize(("codec", "bits"), CODES)
+def test_books_are_what_the_format_says(codec: str, bits: float) -> None:
+    book = code(bits, codec)
     assert np.mean(book.widths) == bits
-    assert max(book.levels) == 63
+    assert max(book.levels) == (sum(book.weights) * ((1 << int(bits)) - 1) if book.weights else 63)
     assert [-v for v in reversed(book.levels)] == list(book.levels)
     assert len(book.starts) == 4
     assert list(book.starts) == sorted(set(book.starts))
@@ -78,16 +83,26 @@ def test_books_are_what_the_format_says(bits: float) -> None:
     assert (-(-STATE_BITS // max(book.widths))) * (ERROR_TOP**2 >> book.shift) < 65535
 
 
+@pytest.mark.parametrize("bits", CODEC_BITS["computed"])
+def test_computed_levels_are_sums_of_words(bits: int) -> None:
+    """As a kernel makes them of whole words: the fields X and Y of 3 (2 X - M) + 2 (2 Y - M)."""
+    book, top = code(bits, "computed"), (1 << bits) - 1
+    window = np.arange(1 << STATE_BITS + bits)
+    back = [window >> bits * i & top for i in range(1 + -(-STATE_BITS // bits))]
+    x, y = FIELDS[bits](back)
+    np.testing.assert_array_equal(book.by_window[0], 3 * (2 * x - top) + 2 * (2 * y - top))
+
+
 def test_parities() -> None:
     assert parities(3, (0b100, 0b111)).tolist() == [0, 1, 1, 0, 3, 2, 2, 3]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3])
-def test_the_trellis_beats_nearest_levels_at_the_same_rate(bits: int) -> None:
+@pytest.mark.parametrize(("codec", "bits"), [c for c in CODES if c[1] in (1, 2, 3)])
+def test_the_trellis_beats_nearest_levels_at_the_same_rate(codec: str, bits: int) -> None:
     """By a fifth and more, against the optimal scalar book given its scale for nothing."""
     x = directions(256, 128, 5)
-    codec = build(SideSpec("trellis", bits, "least-squares"), 128, 7)
-    error = ((codec.decode(codec.encode(x)) - x) ** 2).sum(-1).mean()
+    one = build(SideSpec(codec, bits, "least-squares"), 128, 7)
+    error = ((one.decode(one.encode(x)) - x) ** 2).sum(-1).mean()
     assert error < 0.8 * solve(bits, 128).mse
 
 
@@ -150,11 +165,12 @@ def test_short_vectors_become_zero_and_sinks_leave_the_unit_alone() -> None:
 
 
 @pytest.mark.parametrize("dim", [8, 64, 96, 128, 256])
-@pytest.mark.parametrize("bits", RATES)
-def test_true_size(bits: float, dim: int) -> None:
+@pytest.mark.parametrize(("codec", "bits"), CODES)
+def test_true_size(codec: str, bits: float, dim: int) -> None:
     """Symbols, one byte, and one float16 per page."""
-    stored = sum(f.page_bytes for f in fields(SideSpec("trellis", bits), dim))
-    rows = sum(-(-int(w) * (dim // len(code(bits).widths)) // 8) for w in code(bits).widths)
+    stored = sum(f.page_bytes for f in fields(SideSpec(codec, bits), dim))
+    widths = code(bits, codec).widths
+    rows = sum(-(-int(w) * (dim // len(widths)) // 8) for w in widths)
     assert stored == PAGE_TOKENS * (rows + 1) + 2
     if dim >= 64:
         assert rows == bits * dim / 8
@@ -171,3 +187,5 @@ def test_what_has_no_form_is_refused() -> None:
         SideSpec("trellis", 2, "norm", search=3)
     with pytest.raises(InvalidConfig, match=r"2\.25"):
         code(2.25)
+    with pytest.raises(InvalidConfig, match=r"computed code of 2\.5 bits"):
+        code(2.5, "computed")

@@ -132,8 +132,20 @@ TRELLIS: dict[float, tuple[list, list, list]] = {
 }
 
 
-def trellis(region: Region, bits: float, levels: list[int], rotate: np.ndarray) -> np.ndarray:
-    widths, masks, starts = TRELLIS[bits]
+COMPUTED: dict[float, tuple[list, list, list]] = {
+    2: ([2], [[138, 69, 24, 4]], [12, 43, 47, 62]),
+    3: ([3], [[292, 146, 73, 40, 16, 8]], [5, 23, 44, 59]),
+}
+
+
+def sums(bits: int) -> list[int]:
+    """Levels of a computed code, by index."""
+    top = (1 << bits) - 1
+    return [3 * (2 * (i >> bits) - top) + 2 * (2 * (i & top) - top) for i in range(1 << 2 * bits)]
+
+
+def trellis(region: Region, book: tuple[list, list, list], levels: list[int], rotate: np.ndarray) -> np.ndarray:
+    widths, masks, starts = book
     dim, period = len(rotate), len(widths)
     symbols = np.empty((TOKENS, dim), int)
     for phase in range(period):
@@ -168,7 +180,9 @@ def side(region: Region, spec: dict[str, Any], dim: int, key: int, dtype: str, l
     if spec["codec"] == "polar":
         return polar(region, dim, rotation(kind, dim, key))
     if spec["codec"] == "trellis":
-        return trellis(region, spec["bits"], levels[0], rotation(kind, dim, key))
+        return trellis(region, TRELLIS[spec["bits"]], levels[0], rotation(kind, dim, key))
+    if spec["codec"] == "computed":
+        return trellis(region, COMPUTED[bits], sums(bits), rotation(kind, dim, key))
     outlier, regular = state, sorted(set(range(dim)) - set(state))
     x = np.empty((TOKENS, dim))
     x[:, outlier] = scalar(region, bits + 1, levels[0], rotation(kind, len(outlier), stream(key, 2)))

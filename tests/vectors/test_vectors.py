@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvfold.codebook import angles, table, trellis
-from kvfold.config import CODEC_BITS, CacheSpec, SideSpec
+from kvfold.config import CODEC_BITS, TRELLIS_CODECS, CacheSpec, SideSpec
 from kvfold.engine import reference
 from kvfold.packing.layout import FORMAT_VERSION
 
@@ -92,7 +92,7 @@ def test_torch_reads_the_page_and_writes_it_again(vector: dict[str, Any]) -> Non
     engine.fold(k, v, vector["first_page"], [row], state)
     differing = int((row != page).sum())
     canonical = all(
-        s.codec in ("raw", "trellis") or (s.codec in ("mse", "uniform") and s.rotation == "hadamard")
+        s.codec in ("raw", *TRELLIS_CODECS) or (s.codec in ("mse", "uniform") and s.rotation == "hadamard")
         for s in (spec.key, spec.value)
     )
     # Outside the canonical codecs float32 may round a scale, or a value on a boundary, the other way.
@@ -141,3 +141,13 @@ def test_format_prints_the_trellis_codes() -> None:
         )
         assert printed == (list(book.widths), [list(m) for m in book.masks], list(book.starts))
         assert printed == decoder.TRELLIS[float(bits)]
+    row = r"^\| (\d) \| (\d) \| ([\d ]+) \| ([\d.]+) \| (\d+) \| ([\d ]+) \|$"
+    rows = re.findall(row, text, re.M)
+    assert [float(r[0]) for r in rows] == list(CODEC_BITS["computed"])
+    for bits, width, masks, step, grid, starts in rows:
+        book = trellis.code(float(bits), "computed")
+        printed = ([int(width)], [[int(n) for n in masks.split()]], [int(n) for n in starts.split()])
+        assert printed == (list(book.widths), [list(m) for m in book.masks], list(book.starts))
+        assert (float(step), int(grid)) == (book.step, book.grid)
+        assert printed == decoder.COMPUTED[int(bits)]
+        assert decoder.sums(int(bits)) == list(book.levels)

@@ -1,7 +1,8 @@
 """One vLLM engine in a process of its own: a job as JSON on stdin, its answers as JSON in the file named as argument.
 
 Job: {"options": arguments of LLM, "steps": [{"prompts": [[ids]], "params": arguments of SamplingParams}]}. Every step is one call
-of generate; or, with "abort": {"number of a prompt": steps of the scheduler after which it is given up}, its requests by hand.
+of generate; or its requests by hand, with "abort": {"number of a prompt": steps of the scheduler after which it is given up} or
+"join": {"number of a prompt": steps after which it comes}. "emulated": see `emulated`, true for steps without the host.
 vLLM prints what it likes, so the answers have a file.
 """
 
@@ -18,8 +19,10 @@ import numpy as np
 
 def answer(output: Any) -> dict[str, Any]:
     if output is None:
-        return {"ids": [], "cached": 0}
-    return {"ids": [t for o in output.outputs for t in o.token_ids], "cached": output.num_cached_tokens or 0}
+        return {"ids": [], "cached": 0, "likely": []}
+    (one,) = output.outputs
+    likely = [{str(t): x.logprob for t, x in at.items()} for at in one.logprobs or []]
+    return {"ids": list(one.token_ids), "cached": output.num_cached_tokens or 0, "likely": likely}
 
 
 def log_probabilities(output: Any, vocabulary: int) -> np.ndarray:
@@ -34,15 +37,17 @@ def log_probabilities(output: Any, vocabulary: int) -> np.ndarray:
 def generate(llm: Any, step: dict[str, Any], params: Any) -> list[Any]:
     """One output per prompt, in order; of a prompt that was given up the last one before."""
     prompts = [{"prompt_token_ids": p} for p in step["prompts"]]
-    if "abort" not in step:
+    if "abort" not in step and "join" not in step:
         return list(llm.generate(prompts, params, use_tqdm=False))
     engine, outputs, done = llm.llm_engine, {}, 0
-    for i, prompt in enumerate(prompts):
-        engine.add_request(str(i), prompt, params)
-    while engine.has_unfinished_requests():
+    joins, aborts = step.get("join", {}), step.get("abort", {})
+    while done == 0 or engine.has_unfinished_requests():
+        for i, prompt in enumerate(prompts):
+            if joins.get(str(i), 0) == done:
+                engine.add_request(str(i), prompt, params)
         outputs |= {o.request_id: o for o in engine.step()}
         done += 1
-        engine.abort_request([i for i, after in step["abort"].items() if after == done])
+        engine.abort_request([i for i, after in aborts.items() if after == done])
     return [outputs.get(str(i)) for i in range(len(prompts))]
 
 
@@ -50,6 +55,11 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     job, result = json.load(sys.stdin), Path(sys.argv[1])
+    launched: list[str] = []
+    if "emulated" in job:
+        from emulated import install
+
+        launched = install(job["emulated"]).launched
     llm = LLM(disable_log_stats=False, **job["options"])
     steps = []
     for i, step in enumerate(job["steps"]):
@@ -61,7 +71,7 @@ def main() -> None:
                 np.save(result.with_name(f"logprobs-{i}-{n}.npy"), log_probabilities(o, vocabulary))
     preempted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    result.write_text(json.dumps({"steps": steps, "tokens": tokens, "preempted": preempted}))
+    result.write_text(json.dumps({"steps": steps, "tokens": tokens, "preempted": preempted, "launched": len(launched)}))
 
 
 if __name__ == "__main__":

@@ -52,16 +52,22 @@ PACKED_DTYPE = "float16" if GPU else "float32"
 class Run:
     """steps: the answers of each step, a token list and the number of prompt tokens found in the cache. tokens: what vLLM says
     its cache holds. preempted: how often a request lost its memory to another. logprobs: (step, prompt) -> float32
-    [prompt tokens - 1, vocabulary]. engines: what kvfold logs of the engines that run its layers."""
+    [prompt tokens - 1, vocabulary]. launched: emulated kernels that entered a
+    layer. engines: what kvfold logs of the engines that run its layers."""
 
     steps: list[list[dict[str, Any]]]
     tokens: int
     preempted: int
+    launched: int
     logprobs: dict[tuple[int, int], np.ndarray]
     engines: set[str]
 
     def ids(self, step: int) -> list[list[int]]:
         return [x["ids"] for x in self.steps[step]]
+
+    def likely(self, step: int, prompt: int) -> list[dict[int, float]]:
+        """Of every token of an answer whose `logprobs` were asked for, the likeliest and logarithms of their probabilities."""
+        return [{int(t): p for t, p in at.items()} for at in self.steps[step][prompt]["likely"]]
 
     def cached(self, step: int) -> list[int]:
         return [x["cached"] for x in self.steps[step]]
@@ -77,8 +83,14 @@ def step(*prompts: list[int], **params: Any) -> dict[str, Any]:
     return {"prompts": list(prompts), "params": {**GREEDY, **params}}
 
 
-def run(profile: str | None, steps: list[dict[str, Any]], env: dict[str, str] | None = None, **options: Any) -> Run:
-    """One engine of the shipped model, or of `model`, in float32 unless told otherwise."""
+def run(
+    profile: str | None,
+    steps: list[dict[str, Any]],
+    env: dict[str, str] | None = None,
+    emulated: bool | None = None,
+    **options: Any,
+) -> Run:
+    """One engine of the shipped model, or of `model`, in float32 unless told otherwise. emulated: see driver."""
     chosen = {
         "model": MODEL,
         "dtype": "float32",
@@ -87,12 +99,13 @@ def run(profile: str | None, steps: list[dict[str, Any]], env: dict[str, str] | 
         **place(profile),
         **options,
     }
+    job = {"options": chosen, "steps": steps, **({} if emulated is None else {"emulated": emulated})}
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder, "result.json"), Path(folder, "log")
         with log.open("w") as out:
             done = subprocess.run(
                 [sys.executable, DRIVER, result],
-                input=json.dumps({"options": chosen, "steps": steps}),
+                input=json.dumps(job),
                 text=True,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -4,6 +4,7 @@ linear layers and of pages get one size."""
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM, Qwen3NextConfig
 from kvfold.config import PAGE_TOKENS
 
 VOCABULARY = 256
+LIKELY = 4
+LAST_BIT = 2**-4  # of logits from 8 to 16 in bfloat16
 PROMPTS = [[3 + x % (VOCABULARY - 3) for x in prompt(i, n)] for i, n in enumerate((70, 300, 900, 1500))]
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -54,9 +57,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def through(profile: str | None, model: Path, **options: Any) -> Run:
-    chosen = {"model": str(model), "dtype": "bfloat16", "skip_tokenizer_init": True, "max_num_batched_tokens": 512}
-    return run(profile, [step(*PROMPTS), step(*PROMPTS)], **chosen, **options)
+def through(profile: str | None, model: Path, tokens: int = 512, **options: Any) -> Run:
+    """tokens: of a step at most."""
+    chosen = {"model": str(model), "dtype": "bfloat16", "skip_tokenizer_init": True, "max_num_batched_tokens": tokens}
+    return run(profile, [step(*PROMPTS, logprobs=LIKELY), step(*PROMPTS, logprobs=LIKELY)], **chosen, **options)
 
 
 @functools.cache
@@ -64,10 +68,47 @@ def expected(model: Path) -> Run:
     return through(None, model, enable_prefix_caching=False)
 
 
+def parting(ours: Run, stock: Run, i: int) -> int:
+    """Place of the first token in which answers to prompt i differ, or the length of both."""
+    pairs = enumerate(zip(ours.ids(0)[i], stock.ids(0)[i], strict=True))
+    return next((at for at, (x, y) in pairs if x != y), len(stock.ids(0)[i]))
+
+
+def change(ours: Run, stock: Run, i: int) -> float:
+    """The largest change of a likely token's logarithm of probability, as far as answers to prompt i are the same."""
+    both = zip(ours.likely(0, i), stock.likely(0, i), strict=True)
+    pairs = [
+        (x[t], y[t]) for (x, y), _ in zip(both, range(parting(ours, stock, i)), strict=False) for t in x.keys() & y
+    ]
+    return max((abs(x - y) for x, y in pairs), default=0.0)
+
+
+@functools.cache
+def scatter(model: Path) -> float:
+    """How much the same changes in vLLM's own cache when prompts are cut elsewhere: linear layers on a CPU run in bfloat16 alone,
+    and products of other sizes are rounded in other places. At least the last bit of a logit."""
+    stock = expected(model)
+    others = [through(None, model, tokens=n, enable_prefix_caching=False) for n in (448, 2048)]
+    return max(LAST_BIT, *(change(other, stock, i) for other in others for i in range(len(PROMPTS))))
+
+
+def assert_same(ours: Run, stock: Run, i: int, tolerance: float) -> None:
+    """Answers to prompt i are the same, or part where stock holds both tokens for as likely, within the tolerance. Before that
+    nothing changes by more than twice: prompts may be cut elsewhere, and attention rounds in other places."""
+    assert change(ours, stock, i) <= 2 * tolerance
+    at = parting(ours, stock, i)
+    if at < len(stock.ids(0)[i]):
+        likely = stock.likely(0, i)[at]
+        assert likely[stock.ids(0)[i][at]] - likely.get(ours.ids(0)[i][at], -math.inf) <= tolerance
+
+
 @pytest.mark.parametrize("caching", [False, True])
 def test_lossless_gives_the_tokens_of_stock(model: Path, caching: bool) -> None:
+    """Up to ties: on one processor stock holds two tokens for exactly as likely."""
     folded = through("lossless", model, enable_prefix_caching=caching)
-    assert folded.ids(0) == expected(model).ids(0)
+    assert scatter(model) <= 2 * LAST_BIT
+    for i in range(len(PROMPTS)):
+        assert_same(folded, expected(model), i, scatter(model))
     assert (max(folded.cached(1)) > 0) == caching
     if not caching:
         assert folded.ids(1) == folded.ids(0)
@@ -78,7 +119,7 @@ def test_packed_pages_run_without_prefix_caching(model: Path) -> None:
     folded = through("balanced", model, enable_prefix_caching=False)
     assert folded.engines == {"profile balanced, engine cpu"}
     assert folded.ids(0) == folded.ids(1)
-    assert folded.ids(0)[0] == expected(model).ids(0)[0]
+    assert_same(folded, expected(model), 0, scatter(model))
     assert folded.tokens > 2 * expected(model).tokens
 
 
@@ -86,7 +127,7 @@ def test_packed_pages_with_prefix_caching(model: Path) -> None:
     """Prompts asked for again go on from what is known of them, also within a page, and are answered as at first: all but one,
     for what lies in pages now was exact when it was read first."""
     folded = through("balanced", model)
-    assert folded.ids(0)[0] == expected(model).ids(0)[0]
+    assert_same(folded, expected(model), 0, scatter(model))
     assert min(folded.cached(1)) > 0
     assert any(n % PAGE_TOKENS for n in folded.cached(1))
     same = [first == again for first, again in zip(*(folded.ids(i) for i in (0, 1)), strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,22 @@ def test_divergence_is_that_of_the_transformers_adapter(profile: str, workers: i
     here = float(torch.cat(kl).mean())
     there = float(evaluate(model(), WINDOWS, profiles.load(profile).spec)["kld_mean"])
     assert here == pytest.approx(there, rel=0.1)
+
+
+def test_a_graded_profile(tmp_path: Path) -> None:
+    """Layers with bits of their own: as good as in the transformers adapter, at the size of the largest layer's pages."""
+    graded = tmp_path / "graded-compact.toml"
+    graded.write_text('base = "compact"\npurpose = "compact, graded"\ngraded = true\n')
+    kl = [compare(f, s)[0] for f, s in zip(logprobs(str(graded)), logprobs(None), strict=True)]
+    spec = profiles.load(str(graded)).spec
+    assert float(torch.cat(kl).mean()) == pytest.approx(float(evaluate(model(), WINDOWS, spec)["kld_mean"]), rel=0.1)
+    folded, plain = (run(p, [], dtype="bfloat16", max_model_len=LONG).tokens for p in (str(graded), "compact"))
+    config = model().config
+    layers = [spec.for_layer(place, config.num_hidden_layers) for place in range(config.num_hidden_layers)]
+    pages = [page_bytes(config.num_key_value_heads, config.head_dim, s) for s in layers]
+    unchanged = page_bytes(config.num_key_value_heads, config.head_dim, profiles.load("compact").spec)
+    assert sum(pages) == len(pages) * unchanged
+    assert folded / plain == pytest.approx(unchanged / max(pages), rel=0.02)
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kvfold.bench.cuda_timing import Timing, rotations, time_calls, time_launches
 from kvfold.codebook import table
 from kvfold.codebook.trellis import code
-from kvfold.config import CacheSpec, SideSpec
+from kvfold.config import TRELLIS_CODECS, CacheSpec, SideSpec
 from kvfold.engine.cuda.arguments import sequence_words
 from kvfold.engine.cuda.engine import KEYS_ONLY, CudaEngine
-from kvfold.engine.cuda.fragments import UNIT
+from kvfold.engine.cuda.fragments import SCALE, UNIT
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
 
 CODECS = {
@@ -30,6 +30,8 @@ CODECS = {
     "d": ("trellis", 2),
     "e": ("trellis", 1.5),
     "f": ("trellis", 1),
+    "g": ("computed", 3),
+    "h": ("computed", 2),
 }
 
 
@@ -51,7 +53,9 @@ class Shape:
 
 def side_spec(letter: str, scale: str, search: int) -> SideSpec:
     codec, bits = CODECS[letter]
-    return SideSpec(codec, bits, scale, search=1 if codec == "trellis" else search)  # a trellis code searches paths
+    return SideSpec(
+        codec, bits, scale, search=1 if codec in TRELLIS_CODECS else search
+    )  # a trellis code searches paths
 
 
 def engine(key: str, value: str, shape: Shape, bulk: bool | None = None, search: int = 1) -> CudaEngine:
@@ -69,11 +73,15 @@ def random_pages(e: CudaEngine, count: int) -> Tensor:
     )
     regions = rows.view(count, e.shape.kv_heads, f.head_bytes)
     for side, spec in (("key", e.spec.key), ("value", e.spec.value)):
-        step = code(spec.bits).step if spec.codec == "trellis" else float(table(spec.codec, int(spec.bits), f.dim).step)
+        paths = spec.codec in TRELLIS_CODECS
+        step = code(spec.bits, spec.codec).step if paths else float(table(spec.codec, int(spec.bits), f.dim).step)
         for half in (0, 1):
             scales = f._scales(regions, side, half)
-            if spec.codec == "trellis":  # headers stay random
-                unit = torch.full((1,), step / 32, dtype=torch.float16, device=device).view(torch.uint8)
+            unit = torch.full((1,), step / 32, dtype=torch.float16, device=device).view(torch.uint8)
+            if spec.codec == "computed":  # scale codes and start states stay random
+                f._rows(regions, side, half)[:] &= SCALE
+                f._put_spares(regions, side, half, unit, slice(0, None, 2 if side == "key" else 1))
+            elif spec.codec == "trellis":  # headers stay random
                 scales[..., 1] = 0
                 scales[..., UNIT, 1] = unit
             else:
@@ -189,8 +197,9 @@ def time_fold(e: CudaEngine, pages: int) -> Timing:
     k, v = torch.randn(2, h, pages * 128, d, device=e.device, dtype=torch.bfloat16)
     out = torch.empty(pages, e.page_bytes, dtype=torch.uint8, device=e.device)
     addresses = torch.arange(pages, device=e.device) * e.page_bytes + out.data_ptr()
+    addresses[0] |= 1  # a sequence's first page
     kp, vp = (x.unflatten(1, (-1, 128)).transpose(0, 1) for x in (k, v))
-    return time_calls([lambda: e.fold_to(kp, vp, True, addresses)])
+    return time_calls([lambda: e.fold_to(kp, vp, addresses)])
 
 
 def time_prefill(e: CudaEngine, prefix: int, new: int, heads: int) -> tuple[Timing, Timing]:
@@ -220,6 +229,7 @@ def time_first_chunk(e: CudaEngine, tokens: int, heads: int, backend: SDPBackend
     k, v = torch.randn(2, 1, h, tokens, d, device=device, dtype=torch.bfloat16)
     out = torch.empty(tokens // 128, e.page_bytes, dtype=torch.uint8, device=device)
     addresses = torch.arange(len(out), device=device) * e.page_bytes + out.data_ptr()
+    addresses[0] |= 1
     kp, vp = (x[0].unflatten(1, (-1, 128)).transpose(0, 1) for x in (k, v))
 
     def attend() -> None:
@@ -228,6 +238,6 @@ def time_first_chunk(e: CudaEngine, tokens: int, heads: int, backend: SDPBackend
 
     def attend_and_fold() -> None:
         attend()
-        e.fold_to(kp, vp, True, addresses)
+        e.fold_to(kp, vp, addresses)
 
     return time_launches(attend_and_fold), time_launches(attend)

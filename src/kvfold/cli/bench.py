@@ -18,7 +18,7 @@ def bench(
     head_dim: Annotated[int, typer.Option(min=8)] = 128,
     key_bits: Annotated[float, typer.Option()] = 3,
     value_bits: Annotated[float, typer.Option()] = 3,
-    codec: Annotated[str, typer.Option(help="mse, uniform or trellis.")] = "mse",
+    codec: Annotated[str, typer.Option(help="mse, uniform, trellis or computed.")] = "mse",
     batch: Annotated[int, typer.Option(min=1)] = 1,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     clock: Annotated[str, typer.Option(help="cpu: on-CPU time of the process; wall.")] = "cpu",

@@ -39,7 +39,7 @@ def demo(
 def distortion(
     dim: Annotated[int, typer.Option(help="head_dim of the vectors.")] = 128,
     bits: Annotated[str | None, typer.Option(help="Widths, such as 1,2,3,4; not for fixed-rate codecs.")] = None,
-    codec: Annotated[str, typer.Option(help="mse, uniform, trellis, prod, qjl, polar or split.")] = "mse",
+    codec: Annotated[str, typer.Option(help="mse, uniform, trellis, computed, prod, qjl, polar or split.")] = "mse",
     scale: Annotated[str, typer.Option(help="norm, unbiased, least-squares or match.")] = "norm",
     search: Annotated[int, typer.Option(help="Grids tried per vector: 1 or 3.")] = 1,
     json: common.Json = False,

@@ -33,6 +33,10 @@ def tune(
         str | None,
         typer.Option(help="Instead: bits per channel in the model's own bases, as many as this level has: extreme."),
     ] = None,
+    by_layer: Annotated[
+        str | None,
+        typer.Option(help="Instead: bits per layer, as many as this level has, where your model needs them: compact."),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text to measure on; documents separated by NUL. Default: shipped docs.")
     ] = None,
@@ -40,7 +44,7 @@ def tune(
     windows: Annotated[int, typer.Option(min=1, help="How many windows.")] = 4,
     window_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     basis_windows: Annotated[
-        int, typer.Option(min=1, help="With --tuned: more windows, which bases are made of.")
+        int, typer.Option(min=1, help="With --tuned or --by-layer: more windows, which bits are measured on.")
     ] = 12,
     dtype: Annotated[str, typer.Option(help="Model dtype.")] = "float32",
     revision: common.Revision = None,
@@ -51,11 +55,11 @@ def tune(
     json: common.Json = False,
 ) -> None:
     """The smallest profile that loses no more than is allowed, or the closest that fits, on your model and your text; or
-    with --tuned a level's own bits, shared out among the channels of your model."""
+    with --by-layer or --tuned a level's own bits, shared out among the layers or the channels of your model."""
     common.check_output(output, "--output", (".toml",))
     limits = Tolerance(0.005 if max_kld is None else max_kld, 0.95 if min_top1 is None else min_top1)
     room = _room(memory, context)
-    level = _level(tuned, output, (max_kld, min_top1, memory))
+    level = _level((tuned, by_layer), output, (max_kld, min_top1, memory))
     content = read_text(text)
     loaded = load(model, Options(revision, dtype, device, device_map, trust_remote_code, None, offline))
     from kvfold.evaluation import gate
@@ -65,7 +69,10 @@ def tune(
     where = f"{windows} windows of {window_tokens} tokens of {text.name if text else 'the shipped docs'}"
     if level is not None and output is not None:
         seen = cut(content, loaded.tokenizer, basis_windows, window_tokens, windows)
-        _tuned(loaded.model, level, output, (seen, parts), f"{where}, bases on {basis_windows} others", json)
+        kind = "channel" if tuned is not None else "layer"
+        _tuned(
+            loaded.model, level, kind, output, (seen, parts), f"{where}, bits by {kind} on {basis_windows} others", json
+        )
         return
     with common.progress("scoring") as report:
         if room is None:
@@ -94,29 +101,41 @@ def _room(memory: str | None, context: str | None) -> tuple[int | None, int] | N
     return tokens, common.size(memory, "--memory")
 
 
-def _level(name: str | None, output: Path | None, others: tuple[object, ...]) -> Profile | None:
-    """The level to be tuned, if any."""
-    if name is None:
+def _level(names: tuple[str | None, ...], output: Path | None, others: tuple[object, ...]) -> Profile | None:
+    """The level whose bits are to be shared out, if any."""
+    given = [n for n in names if n is not None]
+    if not given:
         return None
-    if any(x is not None for x in others):
-        raise InvalidConfig("--tuned keeps a level's bits and asks for nothing else", "Leave the other limits out")
+    if len(given) > 1 or any(x is not None for x in others):
+        raise InvalidConfig(
+            "--tuned and --by-layer each keep a level's bits and ask for nothing else",
+            "Give one of them, and no limits",
+        )
     if output is None:
-        raise InvalidConfig("a tuned profile is a file, and one of its bases beside it", "Give --output NAME.toml")
-    return load_profile(name)
+        raise InvalidConfig("a tuned profile is a file", "Give --output NAME.toml")
+    return load_profile(given[0])
 
 
 def _tuned(
-    model: Any, level: Profile, output: Path, parts: tuple[list[list[int]], list[list[int]]], where: str, json: bool
+    model: Any,
+    level: Profile,
+    kind: str,
+    output: Path,
+    parts: tuple[list[list[int]], list[list[int]]],
+    where: str,
+    json: bool,
 ) -> None:
-    from kvfold.tuning.choice import as_toml, check, choose
+    """kind: what bits are shared out among, `channel` or `layer`. parts: windows to measure on, and to choose on."""
+    from kvfold.tuning.choice import as_toml, by_channel, by_layer, check, choose
     from kvfold.tuning.statistics import collect
 
+    forms = {"channel": by_channel, "layer": by_layer}[kind]
     check(level.spec)
     seen, judged = parts
     with common.progress("following gradients") as report:
         moments = collect(model, seen, level.spec, progress=report)
     with common.progress("scoring") as report:
-        choice = choose(model, moments, judged, level.spec, report)
+        choice = choose(model, forms(level.spec, moments), judged, report)
     bases = output.with_suffix(".safetensors")
     if choice.data:
         bases.write_bytes(choice.data)

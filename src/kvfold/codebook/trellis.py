@@ -10,6 +10,7 @@ import functools
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,8 @@ CLIP = 3.6  # standard deviations at which the encoder clips its inputs
 class Code:
     """widths: new bits of step t are widths[t % period]. masks: per phase, parity masks over the window, highest index bit
     first. levels: odd-symmetric integers by index. step: what a level's unit is worth in standard deviations. grid: the
-    encoder's input units per unit of a level. starts: the states that a vector may begin in, by their stored number."""
+    encoder's input units per unit of a level. starts: the states that a vector may begin in, by their stored number.
+    weights: of a computed code, what its fields weigh; empty where levels are a table."""
 
     widths: tuple[int, ...]
     masks: tuple[tuple[int, ...], ...]
@@ -37,6 +39,7 @@ class Code:
     step: float
     grid: int
     starts: tuple[int, ...]
+    weights: tuple[int, ...] = ()
 
     @property
     def period(self) -> int:
@@ -90,21 +93,32 @@ def parities(bits: int, masks: tuple[int, ...]) -> U8:
 
 
 @functools.cache
-def code(bits: float) -> Code:
-    """The code of a rate. Raises InvalidConfig for one there is none of."""
-    found = _read().get(f"{bits:g}")
-    if found is None:
-        raise InvalidConfig(f"there is no trellis code of {bits:g} bits", f"Use one of: {', '.join(_read())}")
+def code(bits: float, codec: str = "trellis") -> Code:
+    """The code of a rate, of codec `trellis` or `computed`. Raises InvalidConfig for one there is none of."""
+    codes = _read()[codec]
+    if (found := codes.get(f"{bits:g}")) is None:
+        raise InvalidConfig(f"there is no {codec} code of {bits:g} bits", f"Use one of: {', '.join(codes)}")
     return found
 
 
 @functools.cache
-def _read() -> dict[str, Code]:
+def _read() -> dict[str, dict[str, Code]]:
     data = tomllib.loads(resources.files("kvfold.codebook").joinpath("trellis.toml").read_text(encoding="utf-8"))
-    codes = {}
-    for name, c in data.items():
-        upper = tuple(c["levels"])
-        lower = tuple(-v for v in reversed(upper))
-        masks = tuple(tuple(m) for m in c["masks"])
-        codes[name] = Code(tuple(c["widths"]), masks, lower + upper, c["step"], c["grid"], tuple(c["starts"]))
-    return codes
+    return {codec: {bits: _parse(c) for bits, c in codes.items()} for codec, codes in data.items()}
+
+
+def _parse(c: dict[str, Any]) -> Code:
+    masks, weights = tuple(tuple(m) for m in c["masks"]), tuple(c.get("weights", ()))
+    upper = tuple(c["levels"]) if not weights else sums(weights, c["widths"][0])
+    lower = tuple(-v for v in reversed(upper))
+    return Code(tuple(c["widths"]), masks, lower + upper, c["step"], c["grid"], tuple(c["starts"]), weights)
+
+
+def sums(weights: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """Upper half of the levels of a computed code, by index: the weighted sum of its fields of `width` bits, the first highest in
+    the index; field values v count as 2 v - (2^width - 1)."""
+    index, top = np.arange(1 << (width * len(weights))), (1 << width) - 1
+    level = np.zeros(len(index), np.int64)
+    for place, weight in enumerate(reversed(weights)):
+        level += weight * (2 * (index >> (place * width) & top) - top)
+    return tuple(int(v) for v in level[len(level) // 2 :])

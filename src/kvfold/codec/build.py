@@ -11,7 +11,7 @@ from kvfold.codec.torch_sketch import Prod, Qjl
 from kvfold.codec.torch_split import Split
 from kvfold.codec.torch_trellis import Trellis
 from kvfold.codec.torch_tuned import Tuned
-from kvfold.config import TUNED, SideSpec
+from kvfold.config import TRELLIS_CODECS, TUNED, SideSpec
 from kvfold.rotation.reference import stream
 
 
@@ -41,6 +41,6 @@ def build(
         return Polar(spec, head_dim, keys, device)
     if spec.codec == TUNED:
         return Tuned(spec, head_dim, keys, find(spec.basis, layer, SIDES[side]), centred, device)
-    if spec.codec == "trellis":
+    if spec.codec in TRELLIS_CODECS:
         return Trellis(spec, head_dim, keys, device)
     return Split(spec, head_dim, keys, device)

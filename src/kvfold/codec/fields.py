@@ -7,7 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from kvfold.codebook import trellis
-from kvfold.config import TUNED, SideSpec
+from kvfold.config import TRELLIS_CODECS, TUNED, SideSpec
 from kvfold.errors import InvalidConfig, UnsupportedHeadDim
 from kvfold.packing.layout import Field
 from kvfold.rotation.reference import MIN_HEAD_DIM
@@ -82,13 +82,13 @@ def fields(spec: SideSpec, dim: int, value_bytes: int = 2) -> tuple[Field, ...]:
             Field("inner", "codes", POLAR_BITS[1], dim // 2 - dim // POLAR_BLOCK),
             Field("radius", "half", 16, dim // POLAR_BLOCK),
         )
-    if spec.codec == "trellis":
+    if spec.codec in TRELLIS_CODECS:
         if dim % TRELLIS_MULTIPLE:
             raise UnsupportedHeadDim(
-                f"codec 'trellis' needs a head_dim that is a multiple of {TRELLIS_MULTIPLE}, not {dim}",
+                f"codec {spec.codec!r} needs a head_dim that is a multiple of {TRELLIS_MULTIPLE}, not {dim}",
                 "Use codec 'mse', such as profile 'turbo-3' has it",
             )
-        widths = trellis.code(spec.bits).widths
+        widths = trellis.code(spec.bits, spec.codec).widths
         symbols = (
             Field(name, "codes", width, dim // len(widths))
             for name, width in zip(("symbols", "odd_symbols"), widths, strict=False)

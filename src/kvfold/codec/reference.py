@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.codebook import table
+from kvfold.codebook.trellis import code
 from kvfold.codec.fields import Fields, fields, split_bits, split_dims
 from kvfold.codec.heads import Canonical, Exact
 from kvfold.codec.polar import Polar
@@ -15,7 +16,7 @@ from kvfold.codec.prod import Prod
 from kvfold.codec.qjl import Qjl
 from kvfold.codec.split import OUTLIER_STREAM, REGULAR_STREAM, Split
 from kvfold.codec.trellis import Trellis
-from kvfold.config import SideSpec
+from kvfold.config import TRELLIS_CODECS, SideSpec
 from kvfold.errors import InvalidConfig
 from kvfold.rotation.reference import matrix, stream
 
@@ -50,8 +51,8 @@ def build(spec: SideSpec, dim: int, key: int) -> HeadCodec:
         return Prod(first, Qjl(spec.sketch, dim, key))
     if spec.codec == "polar":
         return Polar(matrix(spec.rotation, dim, key))
-    if spec.codec == "trellis":
-        return Trellis(spec.bits, dim, key, spec.scale, spec.search)
+    if spec.codec in TRELLIS_CODECS:
+        return Trellis(code(spec.bits, spec.codec), dim, key, spec.scale, spec.search)
     if spec.codec == "split":
         outlier, regular = (
             Exact(table("mse", bits, d), matrix(spec.rotation, d, stream(key, path)), spec.scale, spec.search)

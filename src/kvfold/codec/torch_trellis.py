@@ -68,7 +68,7 @@ class Trellis:
     def __init__(self, spec: SideSpec, dim: int, keys: list[int], device: torch.device) -> None:
         self.spec, self.dim, self.latent = spec, dim, dim
         self.fields = fields(spec, dim)
-        self.book = code(spec.bits)
+        self.book = code(spec.bits, spec.codec)
         self.search: Search = viterbi  # an engine with a faster equal puts it here
         self.rotation = Rotation(spec.rotation, dim, keys, device)
         # Two steps at a time: their widths, and both levels of every window of two steps.

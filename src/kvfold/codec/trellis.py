@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfold.codebook.trellis import ERROR_TOP, STATE_BITS, STATES, Code, code
+from kvfold.codebook.trellis import ERROR_TOP, STATE_BITS, STATES, Code
 from kvfold.codec.canonical import inverse_sqrt, normalise, tree_sum
 from kvfold.codec.fields import Fields
 from kvfold.rotation.reference import hadamard_f32, hadamard_matrix, signs
@@ -97,8 +97,8 @@ def page_unit(scale: F32) -> NDArray[np.float16]:
 class Trellis:
     """One head. Codes and bytes of every backend equal this canonical encoder's."""
 
-    def __init__(self, bits: float, dim: int, key: int, kind: str, search: int = 1) -> None:
-        self.book, self.dim, self.kind, self.search = code(bits), dim, kind, search
+    def __init__(self, book: Code, dim: int, key: int, kind: str, search: int = 1) -> None:
+        self.book, self.dim, self.kind, self.search = book, dim, kind, search
         self.signs = signs(dim, key)
         self.viterbi: Search = viterbi  # the native one finds the same path
 

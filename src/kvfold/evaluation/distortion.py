@@ -18,7 +18,7 @@ from kvfold.codebook.trellis import Code
 from kvfold.codec.fields import fields, split_bits, split_dims
 from kvfold.codec.reference import build
 from kvfold.codec.trellis import Search, Trellis, viterbi
-from kvfold.config import CODEC_BITS, PAGE_TOKENS, SideSpec
+from kvfold.config import CODEC_BITS, PAGE_TOKENS, TRELLIS_CODECS, SideSpec
 from kvfold.errors import InvalidConfig, UnknownCodec
 from kvfold.rotation.reference import stream
 
@@ -130,7 +130,7 @@ def upper_bound(spec: SideSpec, dim: int) -> float | None:
     each part, for energy spread evenly. `prod`: D times the variance <= sqrt(3) pi^2 4^-b (Theorem 2). `qjl`: D times the
     variance <= pi / 2 (Lemma 4).
     """
-    if spec.codec in ("mse", "uniform", "trellis"):
+    if spec.codec in ("mse", "uniform", *TRELLIS_CODECS):
         return PANTER_DITE * 4.0**-spec.bits
     if spec.codec == "split":
         parts = zip(split_dims(dim), split_bits(spec.bits), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ GROUP = 16  # channels that share their bits, mixed by a Hadamard transform so t
 # Squared error of the codes of 0 to 4 bits, relative to a channel's energy.
 ERROR = (1.0, 0.2689, 0.0717, 0.0182, 0.00487)
 SHRINK = {"key": 0.1, "value": 0.1}  # towards the diagonal, of both moments
+# Squared error of plain trellis codes by their bits, relative to a vector's energy; of those that every engine has.
+PLAIN_ERROR = {1.0: 0.282, 1.5: 0.145, 2.0: 0.0748, 2.5: 0.0384, 3.0: 0.019, 3.5: 0.0099}
+LEAST_COST = 0.02  # of the mean one: another text may find a cheap layer dearer
 
 
 def root(m: Tensor, power: float) -> Tensor:
@@ -73,6 +77,35 @@ def bases(moments: dict[tuple[int, str], Moments], bits: float, sides: tuple[str
         at += groups[p].numel()
         out[p] = _mixed(forward, inverse, energy, cost, own)
     return out
+
+
+def by_layer(moments: dict[tuple[int, str], Moments], bits: float) -> tuple[tuple[float, float], ...]:
+    """Bits of keys and values of every layer, in order, `bits` per value in all, for plain trellis codes: these turn a vector
+    before they code it, so that its error is even over its channels and costs their mean."""
+    sizes = {place: m.spread.shape[0] * m.spread.shape[-1] for place, m in moments.items()}
+    costs = {place: m.lost / m.positions / 2 / m.spread.shape[-1] for place, m in moments.items()}
+    least = LEAST_COST * sum(costs.values()) / len(costs)
+    widths = shared_out({p: max(c, least) for p, c in costs.items()}, sizes, bits)
+    return tuple((widths[i, "key"], widths[i, "value"]) for i in sorted({layer for layer, _ in moments}))
+
+
+def shared_out(costs: dict[Any, float], sizes: dict[Any, int], bits: float) -> dict[Any, float]:
+    """Widths of PLAIN_ERROR by place, at most `bits` per value in all: each step goes where it saves most for its size, which is
+    best for a convex error. costs: of losing everything. sizes: values of a token."""
+    ladder = list(PLAIN_ERROR)
+    at = dict.fromkeys(costs, 0)
+    left = (bits - ladder[0]) * sum(sizes.values())
+    while True:
+        saved = {
+            p: costs[p] * (PLAIN_ERROR[ladder[i]] - PLAIN_ERROR[ladder[i + 1]]) / sizes[p]
+            for p, i in at.items()
+            if i + 1 < len(ladder) and (ladder[i + 1] - ladder[i]) * sizes[p] <= left
+        }
+        if not saved:
+            return {p: ladder[i] for p, i in at.items()}
+        best = max(saved, key=saved.__getitem__)
+        left -= (ladder[at[best] + 1] - ladder[at[best]]) * sizes[best]
+        at[best] += 1
 
 
 def _mixed(forward: Tensor, inverse: Tensor, energy: Tensor, cost: Tensor, widths: Tensor) -> Basis:

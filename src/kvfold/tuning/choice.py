@@ -16,13 +16,14 @@ from kvfold.tuning import allocation
 from kvfold.tuning.statistics import Moments
 
 Progress = Callable[[int, int], None]
-# What is tried; the first, nothing, is the level itself.
-FORMS: dict[str, tuple[str, ...]] = {"plain": (), "tuned": SIDES, "tuned values": ("value",)}
+Forms = dict[str, tuple[CacheSpec, bytes]]  # by name: a spec, and the file of its bases, if it has any
+PLAIN = "plain"  # the level itself
+TUNED_SIDES: dict[str, tuple[str, ...]] = {"tuned": SIDES, "tuned values": ("value",)}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """form: of FORMS. spec: the cache's. data: the bases' file, empty for `plain`. rows: figures of every form."""
+    """form: its name. spec: the cache's. data: the file of its bases, if it has any. rows: figures of every form."""
 
     form: str
     spec: CacheSpec
@@ -34,7 +35,7 @@ def tuned(spec: CacheSpec, bases: Bases) -> tuple[CacheSpec, bytes]:
     """`spec` with the sides that `bases` are of in their channels, and the file of the bases, which are remembered."""
     data = content(bases)
     digest = remember(data)
-    spec = replace(spec, graded=False)  # bases say which layers get how many bits
+    spec = replace(spec, graded=False, bits_by_layer=())  # bases say which layers get how many bits
     for side in {side for _, side in bases}:
         widths = [b.widths.float().mean() for (_, s), b in bases.items() if s == side]
         bits = round(float(sum(widths)) / len(widths), 4)
@@ -49,19 +50,23 @@ def check(spec: CacheSpec) -> None:
         raise Unsupported("only levels of trellis codes have a tuned form", "Use balanced, compact, extreme or ultra")
 
 
-def choose(
-    model: Any,
-    moments: dict[tuple[int, str], Moments],
-    judged: list[list[int]],
-    spec: CacheSpec,
-    progress: Progress = lambda done, total: None,
-) -> Choice:
-    """The form that loses least on windows `judged`, which `moments` must not be of. Every form has the bits of `spec`."""
-    made = {"plain": (spec, b"")}
-    for name, sides in FORMS.items():
-        if sides:
-            bits = sum(getattr(spec, side).bits for side in sides) / len(sides)
-            made[name] = tuned(spec, allocation.bases(moments, bits, sides))
+def by_channel(spec: CacheSpec, moments: dict[tuple[int, str], Moments]) -> Forms:
+    """`spec` itself, and with its bits shared out among the channels of the model's own bases."""
+    made = {PLAIN: (spec, b"")}
+    for name, sides in TUNED_SIDES.items():
+        bits = sum(getattr(spec, side).bits for side in sides) / len(sides)
+        made[name] = tuned(spec, allocation.bases(moments, bits, sides))
+    return made
+
+
+def by_layer(spec: CacheSpec, moments: dict[tuple[int, str], Moments]) -> Forms:
+    """`spec` itself, and with its bits shared out among layers, keys and values."""
+    widths = allocation.by_layer(moments, (spec.key.bits + spec.value.bits) / 2)
+    return {PLAIN: (spec, b""), "by layer": (replace(spec, graded=False, bits_by_layer=widths), b"")}
+
+
+def choose(model: Any, made: Forms, judged: list[list[int]], progress: Progress = lambda done, total: None) -> Choice:
+    """The form that loses least on windows `judged`, which what was measured must not be of."""
     contenders = [Folded(name, model.config, form) for name, (form, _) in made.items()]
     found = [figures(s) for s in score(model, judged, contenders, progress)]
     kept = ("kld_mean", "kld_se", "top1_agreement", "bits_per_value", "cache_bytes")
@@ -85,6 +90,8 @@ def as_toml(level: Profile, choice: Choice, bases: str, where: str) -> str:
     lines += [f'base = "{level.name}"', f'purpose = "{level.name} in the form that loses least here: {choice.form}."']
     if choice.data:
         lines += [f'bases = "{bases}"']
+    if choice.spec.bits_by_layer:
+        lines += ["bits_by_layer = [", *(f"    [{key:g}, {value:g}]," for key, value in choice.spec.bits_by_layer), "]"]
     for name, side in (("key", choice.spec.key), ("value", choice.spec.value)):
         if side.codec == TUNED:
             lines += ["", f"[{name}]", f'codec = "{TUNED}"', f"bits = {side.bits!r}"]

@@ -24,12 +24,14 @@ NAME = "kvfold-tuning"
 
 @dataclass
 class Moments:
-    """Of one side of one layer, float64 [H, D, D], summed: spread over `tokens` tokens, cost over `positions` predictions."""
+    """Of one side of one layer, float64 [H, D, D], summed: spread over `tokens` tokens, cost over `positions` predictions. lost:
+    products of a token's energy and its cost, which their means do not tell: what everybody attends to is often small."""
 
     spread: Tensor
     cost: Tensor
     tokens: int = 0
     positions: int = 0
+    lost: float = 0.0
 
 
 class Watch:
@@ -114,6 +116,7 @@ def collect(
             progress(done + 1, len(windows))
     for moments in out.values():
         moments.cost /= draws
+        moments.lost /= draws
     return out
 
 
@@ -133,12 +136,13 @@ def _add(
     moments = out[place]
     g = g.double().cpu()
     moments.cost += g.mT @ g
+    halves = x[:, : tokens // MEAN_TOKENS * MEAN_TOKENS].double().cpu().unflatten(1, (-1, MEAN_TOKENS))
+    if spec.centre and place[1] == "key":
+        first_mean = halves[:, :1, min(spec.sinks, MEAN_TOKENS - 1) :].mean(2, keepdim=True)
+        halves = halves - torch.cat([first_mean, halves[:, 1:].mean(2, keepdim=True)], 1)
+    x = halves.flatten(1, 2)
+    moments.lost += float((x.square().sum(-1) * g[:, : x.shape[1]].square().sum(-1)).sum())
     if first:
-        x = x[:, : tokens // MEAN_TOKENS * MEAN_TOKENS].double().cpu()
-        if spec.centre and place[1] == "key":
-            halves = x.unflatten(1, (-1, MEAN_TOKENS))[:, 1:]  # the first has the sinks
-            x = (halves - halves.mean(2, keepdim=True)).flatten(1, 2)
-        else:
-            x = x[:, MEAN_TOKENS:]
+        x = x[:, MEAN_TOKENS:]  # without the sinks
         moments.spread += x.mT @ x
         moments.tokens += x.shape[1]

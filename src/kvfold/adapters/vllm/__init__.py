@@ -27,7 +27,7 @@ def register() -> None:
     """
     if not os.environ.get(PROFILE_VARIABLE):
         return
-    chosen_spec()
+    chosen_spec()  # an unknown profile is told of before any model is loaded
     version = _installed()
     if version.partition("+")[0] not in TESTED and not forced():
         raise Unsupported(
@@ -46,11 +46,8 @@ def register() -> None:
 
 
 def chosen_spec() -> CacheSpec:
-    """What KVFOLD_PROFILE names. Raises Unsupported for a graded profile: vLLM gives the pages of all layers one size."""
-    spec = profiles.load(os.environ[PROFILE_VARIABLE]).spec
-    if spec.graded:
-        raise Unsupported("vLLM gives the pages of all layers one size", "Leave `graded` out of the profile")
-    return spec
+    """What KVFOLD_PROFILE names."""
+    return profiles.load(os.environ[PROFILE_VARIABLE]).spec
 
 
 def forced() -> bool:

@@ -18,11 +18,12 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from kvfold.adapters.vllm import PROFILE_VARIABLE, RUNNER_VARIABLE, chosen_spec, forced
-from kvfold.adapters.vllm.backend import ExactBackend, FoldedBackend, FoldedMetadata, page_bytes
+from kvfold.adapters.vllm.backend import ExactBackend, FoldedBackend, FoldedMetadata, page_bytes, watch
 from kvfold.adapters.vllm.blocks import ExactSpec
 from kvfold.adapters.vllm.layer import PooledLayer
 from kvfold.adapters.vllm.step import Geometry
 from kvfold.config import PAGE_TOKENS
+from kvfold.engine.cuda.engine import CudaEngine
 from kvfold.engine.pools import Pools
 from kvfold.engine.request import LayerShape
 from kvfold.engine.select import make_engine
@@ -92,20 +93,27 @@ class FoldedImpl(AttentionImpl[FoldedMetadata]):
         layers[self.exact_name] = self.exact
 
     def pooled(self, kv_cache: Tensor) -> PooledLayer:
-        """This layer over the memory that vLLM gave it. kv_cache: its pages, as `forward` gets them."""
-        if self.layer is None:
+        """This layer over the memory that vLLM gave it. kv_cache: its pages, as `forward` gets them. vLLM tries its graphs with
+        memory that it then gives up."""
+        if self.layer is None or self.layer.memory.pages.data_ptr() != kv_cache.data_ptr():
             self.layer = self._build(kv_cache)
         return self.layer
 
     def _build(self, kv_cache: Tensor) -> PooledLayer:
-        spec, dtype = chosen_spec(), self.exact.dtype
-        layer = extract_layer_index(self.name)
+        layer, dtype = extract_layer_index(self.name), self.exact.dtype
+        layers = self.config.compilation_config.static_forward_context
+        folded = sorted(
+            extract_layer_index(name) for name, x in layers.items() if isinstance(getattr(x, "impl", None), FoldedImpl)
+        )
+        spec = chosen_spec().for_layer(folded.index(layer), len(folded))
         shape = LayerShape(layer, self.num_kv_heads, self.head_size, dtype.itemsize, self._first_head())
         engine = make_engine("auto", spec, shape, dtype, kv_cache.device)
+        if isinstance(engine, CudaEngine):
+            engine.report_to(watch(engine.device).flag(layer))
         memory = Pools(as_pages(kv_cache, engine.page_bytes), self.exact.kv_cache)
         self.geometry = Geometry(spec.window, spec.sinks, memory.pages.shape[1], memory.exact.shape[2])
         logger.info_once("kvfold: profile %s, engine %s", os.environ[PROFILE_VARIABLE], engine.name)
-        return PooledLayer(engine, memory)
+        return PooledLayer(engine, memory, self.config.scheduler_config.max_num_seqs)
 
     def _first_head(self) -> int:
         """The model's number of this worker's first KV head. With more workers than KV heads, neighbours hold the same one."""
@@ -134,8 +142,11 @@ class FoldedImpl(AttentionImpl[FoldedMetadata]):
         if attn_metadata is None:  # vLLM measures its memory
             return output
         pooled = self.pooled(kv_cache)
-        step = attn_metadata.plan(self.geometry, get_forward_context().attn_metadata[self.exact_name].block_table)
-        pooled.run(step, query, key, value, self.scale, output)
+        exact_table = get_forward_context().attn_metadata[self.exact_name].block_table
+        if pooled.steps is not None and attn_metadata.new:
+            pooled.steps.run(attn_metadata.requests(exact_table), query, key, value, self.scale, output)
+        else:
+            pooled.run(attn_metadata.plan(self.geometry, exact_table), query, key, value, self.scale, output)
         return output
 
 
@@ -184,6 +195,10 @@ def refuse_config(config: VllmConfig) -> None:
         raise _unsupported(f"speculative decoding with a draft model ({draft.method}); ngram works")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise _unsupported("context parallelism")
+    if parallel.use_ubatching:
+        raise _unsupported("steps in micro-batches (--enable-dbo)")
+    if parallel.pipeline_parallel_size > 1 and chosen_spec().by_place:
+        raise _unsupported("layers with bits of their own and pipeline parallelism")
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise _unsupported("a disabled hybrid KV cache manager, which exact tokens need,")
     transfer = config.kv_transfer_config

@@ -16,24 +16,57 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from kvfold.adapters.vllm import chosen_spec
 from kvfold.adapters.vllm.step import Geometry, Step, plan
+from kvfold.cache.layer import AttendingEngine
 from kvfold.config import PAGE_TOKENS
+from kvfold.engine.cuda import pooled, steps
+from kvfold.engine.cuda.engine import CudaEngine
 from kvfold.engine.request import LayerShape
 from kvfold.engine.select import make_engine
 from kvfold.errors import Unsupported
 
+GRADED_KINDS = 4  # as many layers as have all kinds of a graded cache among them: the first two, others, the last
+
 
 @functools.lru_cache
-def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one page of a layer, as the engine that will run it lays them out."""
-    device = torch.device(current_platform.device_type)
+def engines(kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[AttendingEngine]:
+    """One for each kind of layer: more than one where layers have bits of their own."""
+    device, spec = torch.device(current_platform.device_type), chosen_spec()
     shape = LayerShape(0, kv_heads, head_dim, dtype.itemsize)
-    return make_engine("auto", chosen_spec(), shape, dtype, device).page_bytes
+    layers = len(spec.bits_by_layer) or GRADED_KINDS
+    kinds = dict.fromkeys(spec.for_layer(place, layers) for place in range(layers))
+    return [make_engine("auto", kind, shape, dtype, device) for kind in kinds]
+
+
+def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one page, as the engine that will run it lays them out. vLLM gives the pages of all layers one size, the
+    largest."""
+    return max(engine.page_bytes for engine in engines(kv_heads, head_dim, dtype))
+
+
+def steps_on_device(spec: AttentionSpec) -> bool:
+    """Whether decode steps of layers with such heads need nothing of the host."""
+    return all(
+        isinstance(engine, CudaEngine) and engine.folder is not None
+        for engine in engines(spec.num_kv_heads, spec.head_size, spec.dtype)
+    )
+
+
+@functools.lru_cache
+def watch(device: torch.device) -> steps.Watch:
+    """Of all layers of a device."""
+    return steps.Watch(device)
 
 
 class FoldedBackend(AttentionBackend):
@@ -113,13 +146,23 @@ class ExactBackend(FoldedBackend):
 
 @dataclass
 class FoldedMetadata:
-    """A step, as the layers of one group of blocks see it."""
+    """A step, as the layers of one group of blocks see it. new: tokens that each of its requests brings, if all bring as many and
+    decode steps need nothing of the host, else 0; then the tensors are those on the device."""
 
     query_start_loc: Tensor
     seq_lens: Tensor
     block_table: Tensor
     longest: int
+    new: int = 0
+    fills: bool = True
     step: Step | None = None
+    asked: steps.Requests | None = None
+
+    def requests(self, exact_table: Tensor) -> steps.Requests:
+        """Of a step that needs nothing of the host. Made by the first layer, used by all."""
+        if self.asked is None:
+            self.asked = steps.Requests(self.seq_lens, self.block_table, exact_table, self.new, self.fills)
+        return self.asked
 
     def plan(self, geometry: Geometry, exact_table: Tensor) -> Step:
         """Made by the first layer, used by all. Waits for the step before if the tables lie on a GPU."""
@@ -142,6 +185,17 @@ class FoldedMetadataBuilder(AttentionMetadataBuilder[FoldedMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._runner: Any = None
+        self._on_device = steps_on_device(kv_cache_spec)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Steps in which every request brings as many tokens are captured whole, where they need nothing of the host."""
+        return AttentionCGSupport.UNIFORM_BATCH if steps_on_device(kv_cache_spec) else AttentionCGSupport.NEVER
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FoldedMetadata:
+        made = self.build(0, common_attn_metadata)
+        made.fills = True  # in some of the steps that the graph is replayed for
+        return made
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -151,10 +205,27 @@ class FoldedMetadataBuilder(AttentionMetadataBuilder[FoldedMetadata]):
             raise Unsupported(
                 "folded attention is causal", "Unset KVFOLD_PROFILE to run this model in vLLM's own cache"
             )
+        if m.seq_lens.device.type == "cuda":
+            pooled.join()
+            watch(m.seq_lens.device).look()
+        if (
+            self._on_device
+            and m.max_query_len <= steps.MOST_NEW
+            and m.max_query_len * m.num_reqs == m.num_actual_tokens
+        ):
+            new, fills = m.max_query_len, self._fills(m)
+            return FoldedMetadata(m.query_start_loc, m.seq_lens, m.block_table_tensor, m.max_seq_len, new, fills)
         table = self._host_table(m)
         if table is None:
             return FoldedMetadata(m.query_start_loc, m.seq_lens, m.block_table_tensor, m.max_seq_len)
         return FoldedMetadata(m.query_start_loc_cpu, m.seq_lens_cpu_upper_bound, table, m.max_seq_len)
+
+    def _fills(self, m: CommonAttentionMetadata) -> bool:
+        """Whether a request fills a page in this step, as far as the host knows."""
+        if self.vllm_config.speculative_config is not None:
+            return True
+        lengths = m.seq_lens_cpu_upper_bound.numpy()
+        return bool((lengths // PAGE_TOKENS != (lengths - m.max_query_len) // PAGE_TOKENS).any())
 
     def _host_table(self, m: CommonAttentionMetadata) -> Tensor | None:
         """What the scheduler wrote before it was copied to the GPU: reading it back would wait for the step before. vLLM hands

@@ -10,10 +10,14 @@ Every folded layer asks for two kinds of blocks, and vLLM allocates both from on
 
 Exact blocks are cached by prefix too, so a request that continues another as a rule finds its window exact. Where only pages
 are left, the prefix is used all the same. Only the block of the sinks must be there.
+
+A request may find what another stores in the same step: its layers store before they read. Not so in decode steps on a GPU, where
+each request reads before it stores; so blocks that a few tokens complete are found from the next step on.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +28,14 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_blo
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
 
 from kvfold.config import PAGE_TOKENS
+from kvfold.engine.cuda.steps import MOST_NEW
 
 Groups = tuple[list[KVCacheBlock], ...]
+# Numbers of blocks that the step being scheduled completes by a few tokens.
+_FRESH: weakref.WeakKeyDictionary[BlockPool, set[int]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +189,17 @@ class ExactManager(SlidingWindowManager):
             self.req_to_blocks[request_id][i] = self._null_block
         return super().pop_blocks_for_free(request_id)
 
+    def new_step_starts(self) -> None:
+        _FRESH.pop(self.block_pool, None)
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        before = self.num_cached_block.get(request.request_id, 0)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+        after = self.num_cached_block.get(request.request_id, 0)
+        if (after - before - 1) * self.block_size < MOST_NEW:
+            blocks = self.req_to_blocks[request.request_id][before:after]
+            _FRESH.setdefault(self.block_pool, set()).update(b.block_id for b in blocks if not b.is_null)
+
     @classmethod
     def reachable_block_mask(cls, *args: Any, **kwargs: Any) -> None:
         """Every exact block may serve a later request."""
@@ -221,6 +240,18 @@ class ExactManager(SlidingWindowManager):
                 del group[full:]
         count = len(blocks[0])
         found(range(min(full, count) - 1, kv_cache_spec.first_exact(count * size) // size - 1, -1))
+        fresh = _FRESH.get(block_pool, set())
+        known = next((i for i, block in enumerate(blocks[0]) if block.block_id in fresh), count)
+        if known < count:
+            return cls.find_longest_cache_hit(
+                block_hashes,
+                known * size,
+                kv_cache_group_ids,
+                block_pool,
+                kv_cache_spec,
+                drop_eagle_block,
+                alignment_tokens,
+            )
         return blocks, count * size
 
 

@@ -14,22 +14,27 @@ from kvfold.engine.cpu import pooled as on_cpu
 from kvfold.engine.cpu.engine import CpuEngine
 from kvfold.engine.cuda import pooled as on_cuda
 from kvfold.engine.cuda.engine import CudaEngine
+from kvfold.engine.cuda.steps import Steps, Workspace
 from kvfold.engine.pools import PooledFold, Pools
 
 
 class PooledLayer:
     """Stores, folds and attends to the tokens of a step, in this order: requests may read what others store in the same step.
-    Only what the step overwrites is read before."""
+    Only what the step overwrites is read before. steps: for calls that need nothing of the host, in which no request reads what
+    another stores or folds (see `blocks`); None where there are none."""
 
-    def __init__(self, engine: AttendingEngine, memory: Pools) -> None:
+    def __init__(self, engine: AttendingEngine, memory: Pools, requests: int) -> None:
+        """requests: the most of a step."""
         self.engine, self.memory = engine, memory
-        self.folding = on_cuda.Folding(engine) if isinstance(engine, CudaEngine) else None
+        self.folding: on_cuda.Folding | None = None
+        self.steps: Steps | None = None
+        if isinstance(engine, CudaEngine):
+            self.folding = on_cuda.Folding(engine)
+            self.steps = Steps(engine, memory, _workspace(engine, requests))
 
     def run(self, step: Step, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
-        """q, out [tokens, H * G, D], k, v [tokens, H, D]; writes out. Raises NonFiniteInput for tokens that cannot be folded,
-        on a GPU in the layer's next call."""
-        if self.folding is not None:
-            self.folding.settle()
+        """q, out [tokens, H * G, D], k, v [tokens, H, D]; writes out. Raises NonFiniteInput for tokens that cannot be folded;
+        on a GPU a later step does."""
         views = [(i, pools.view(self.engine, self.memory, step.reads, i)) for i in step.apart]
         folds = self._pages([f for f in step.folds if f.overwritten], k, v)
         self._store(step, k, v)
@@ -57,7 +62,7 @@ class PooledLayer:
         if self.folding is not None and folds:
             self.folding.fold(folds, self.memory)
             if step.reads_own_folds:
-                self.folding.settle()
+                on_cuda.join()
             return
         for f in folds:
             self.engine.fold(f.keys, f.values, f.first, [self.memory.row(n) for n in f.numbers.tolist()], (None, None))
@@ -90,3 +95,21 @@ class PooledLayer:
         if keys:
             out.append(PooledFold(torch.stack(keys), torch.stack(values), False, np.array(numbers)))
         return out
+
+
+_WORKSPACES: dict[object, Workspace] = {}
+
+
+def _workspace(engine: CudaEngine, requests: int) -> Workspace:
+    """One for all layers of a shape."""
+    key = (
+        engine.device,
+        engine.shape.kv_heads,
+        engine.shape.head_dim,
+        engine.dtype,
+        engine.spec.window,
+        engine.spec.sinks,
+    )
+    if key not in _WORKSPACES:
+        _WORKSPACES[key] = Workspace(engine, requests)
+    return _WORKSPACES[key]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold.codebook import table
 from kvfold.codebook.trellis import code
-from kvfold.config import PAGE_TOKENS, CacheSpec, SideSpec
+from kvfold.config import PAGE_TOKENS, TRELLIS_CODECS, CacheSpec, SideSpec
 from kvfold.engine.cpu import library, trellis
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
@@ -21,7 +21,12 @@ from kvfold.packing.layout import PageLayout
 from kvfold.rotation.reference import signs, stream
 
 HEAD_DIMS = (64, 96, 128, 256)
-CODECS: dict[str, tuple[float, ...]] = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5)}
+CODECS: dict[str, tuple[float, ...]] = {
+    "mse": (2, 3, 4),
+    "uniform": (2,),
+    "trellis": (1, 1.5, 2, 2.5, 3, 3.5),
+    "computed": (2, 3),
+}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TRELLIS_STEP = 64  # coordinates whose symbols fill whole words of a stream at every rate
 ROW_ALIGN = 16  # bytes; 64 would cost a 3-bit page of two heads .004 bit per value
@@ -43,24 +48,24 @@ def why_not(spec: CacheSpec, shape: LayerShape, dtype: torch.dtype, device: torc
             reasons.append(f"no kernel for {side} codec {s.codec!r} at {s.bits:g} bits")
         elif s.rotation != "hadamard":
             reasons.append(f"{side} rotation is {s.rotation!r}, kernels have 'hadamard' only")
-        if s.codec == "trellis" and shape.head_dim in HEAD_DIMS and shape.head_dim % TRELLIS_STEP:
-            reasons.append(f"{side} codec 'trellis' has kernels for multiples of {TRELLIS_STEP}, not {shape.head_dim}")
+        if s.codec in TRELLIS_CODECS and shape.head_dim in HEAD_DIMS and shape.head_dim % TRELLIS_STEP:
+            reasons.append(
+                f"{side} codec {s.codec!r} has kernels for multiples of {TRELLIS_STEP}, not {shape.head_dim}"
+            )
     return reasons
 
 
 def _side(spec: SideSpec, dim: int) -> library.Side:
     side = library.Side(scale_rule=library.SCALE_RULES.index(spec.scale), searches=spec.search)
-    if spec.codec == "trellis":
-        side.trellis, side.search = (
-            ctypes.pointer(trellis.reader(spec.bits)),
-            ctypes.pointer(trellis.search(code(spec.bits))),
-        )
-        side.step = code(spec.bits).step
+    if spec.codec in TRELLIS_CODECS:
+        book = code(spec.bits, spec.codec)
+        side.trellis, side.search = ctypes.pointer(trellis.reader(book)), ctypes.pointer(trellis.search(book))
+        side.step = book.step
         return side
-    book = table(spec.codec, int(spec.bits), dim)
-    side.bits, side.step = int(spec.bits), float(book.step)
-    side.levels[: len(book.levels)] = [int(v) for v in book.levels]
-    side.thresholds[: len(book.thresholds)] = [float(v) for v in book.thresholds]
+    grid = table(spec.codec, int(spec.bits), dim)
+    side.bits, side.step = int(spec.bits), float(grid.step)
+    side.levels[: len(grid.levels)] = [int(v) for v in grid.levels]
+    side.thresholds[: len(grid.thresholds)] = [float(v) for v in grid.thresholds]
     return side
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvfold.codebook.trellis import STATE_BITS, Code, code
+from kvfold.codebook.trellis import STATE_BITS, Code
 from kvfold.engine.cpu import library
 from kvfold.errors import NoImplementation
 
@@ -92,9 +92,8 @@ def _affine(masks: tuple[int, ...], window_bits: int, first: int) -> int:
 
 
 @functools.cache
-def _pairs(bits: float) -> NDArray[np.int8]:
+def _pairs(book: Code) -> NDArray[np.int8]:
     """Levels of two steps, [2^(6 + both widths), 2], by the stream's bits from the first window's oldest on."""
-    book = code(bits)
     early, late = book.widths[0], book.widths[-1]
     length = STATE_BITS + early + late
     register = np.array([_reversed(w, length) for w in range(1 << length)])
@@ -103,9 +102,8 @@ def _pairs(bits: float) -> NDArray[np.int8]:
 
 
 @functools.cache
-def reader(bits: float) -> library.TrellisReader:
+def reader(book: Code) -> library.TrellisReader:
     """What the native library reads a code with. Kept, since the library borrows it."""
-    book = code(bits)
     out = library.TrellisReader()
     for phase in range(2):
         width, masks = book.widths[phase % book.period], book.masks[phase % book.period]
@@ -114,5 +112,5 @@ def reader(bits: float) -> library.TrellisReader:
         out.affine_high[phase] = _affine(masks, STATE_BITS + width, 8)
     out.levels[: len(book.levels)] = book.levels
     out.starts[:] = [_reversed(s, STATE_BITS) for s in book.starts]
-    out.pairs = _pairs(bits).ctypes.data
+    out.pairs = _pairs(book).ctypes.data
     return out

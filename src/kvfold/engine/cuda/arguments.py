@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvfold.codebook import table
 from kvfold.codebook.trellis import code
-from kvfold.config import SideSpec
-from kvfold.engine.cuda.fragments import SCALE_BYTES, TRELLIS, code_bytes
+from kvfold.config import TRELLIS_CODECS, SideSpec
+from kvfold.engine.cuda.fragments import COMPUTED, SCALE_BYTES, TRELLIS, code_bytes
 from kvfold.engine.cuda.streams import ZERO, table_bytes
 
 # Per multiprocessor; 40 kB would hide the latency at 4.3 TB/s. From 2 slots of 3 kB per warp on nothing is gained.
@@ -59,10 +59,22 @@ class AppendArgs(ctypes.Structure):
     )
 
 
+class EnterArgs(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("lengths", "page_table", "exact_table", "k", "v", "exact", "pages", "work")),
+        *((n, ctypes.c_void_p) for n in ("seq", "address", "full", "status")),
+        *((n, ctypes.c_longlong) for n in ("page_row", "exact_row", "k_b", "k_i", "k_h", "v_b", "v_i", "v_h")),
+        *((n, ctypes.c_longlong) for n in ("exact_block", "exact_head", "exact_token")),
+        *((n, ctypes.c_longlong) for n in ("page_block", "page_one", "address_row")),
+        *((n, ctypes.c_int) for n in ("H", "Q", "window", "sinks", "block_pages", "exact_shift")),
+        *((n, ctypes.c_int) for n in ("front", "rows", "capacity")),
+    )
+
+
 def levels_of(spec: SideSpec, dim: int) -> Levels:
     """Level + ZERO of every code, repeated to 16 bytes; of a trellis code its start states."""
-    if spec.codec == "trellis":
-        return Levels((ctypes.c_uint8 * 16)(*code(spec.bits).starts))
+    if spec.codec in TRELLIS_CODECS:
+        return Levels((ctypes.c_uint8 * 16)(*code(spec.bits, spec.codec).starts))
     book = table(spec.codec, int(spec.bits), dim)
     byte = np.resize((book.levels + ZERO).astype(np.uint8), 16)
     return Levels((ctypes.c_uint8 * 16)(*byte.tolist()))
@@ -81,11 +93,12 @@ def plan_rings(dim: int, formats: tuple[int, int], mean: bool, groups: int, limi
     Leaves room for merging two warps' results at a time; takes fewer warps where two slots each do not fit.
     """
     key, value = (code_bytes(dim, f) + SCALE_BYTES for f in formats)
-    tables = sum(table_bytes(f - TRELLIS, limit) for f in formats if f > TRELLIS)
+    tables = sum(table_bytes(f - TRELLIS, limit) for f in formats if TRELLIS < f < COMPUTED)
+    queries = 1 + mean + (formats[0] > COMPUTED)  # rotated, raw, and two thirds of the rotated
     slot = max(key + (-(-dim // 128) * 128 if mean else 0), value)
     columns, warps = 4 * groups, WARPS[dim, groups]
     while True:
-        fixed = columns * dim * 2 * (1 + mean) + columns * 16 + (warps + 1) * columns * 8 + 1700 + tables
+        fixed = columns * dim * 2 * queries + columns * 16 + (warps + 1) * columns * 8 + 1700 + tables
         fits = (limit - fixed - columns * (dim + 4) * 4 * 2) // (warps * (slot + 8))
         if fits >= 2 or warps == 8:
             return warps, max(1, min(fits, max(2, IN_FLIGHT_BYTES // (warps * slot))))

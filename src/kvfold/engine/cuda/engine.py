@@ -21,6 +21,7 @@ from kvfold.engine.cuda.arguments import (
 )
 from kvfold.engine.cuda.folding import folder, not_finite
 from kvfold.engine.cuda.fragments import Fragments, format_of
+from kvfold.engine.cuda.memory import aligned, current, pointer, workspace
 from kvfold.engine.cuda.prefill import MIN_COLUMNS, TILE_TOKENS, Merge, attention_part
 from kvfold.engine.cuda.streams import Search, level_pairs
 from kvfold.engine.on_torch import TorchEngine
@@ -29,7 +30,7 @@ from kvfold.errors import NoImplementation
 from kvfold.rotation.reference import signs, stream
 
 HEAD_DIMS = (64, 128, 256)
-CODECS = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5)}
+CODECS = {"mse": (2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5), "computed": (2, 3)}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_BATCH = 128  # kernels/ring.cuh
 COPY_MIN_CAPABILITY = (9, 0)  # bulk copies; below it cp.async
@@ -132,19 +133,26 @@ class CudaEngine:
             for row, target in zip(self.fragments.from_canonical(rows), out, strict=True):
                 target.copy_(row)
             return
-        addresses = torch.tensor([row.data_ptr() for row in out], dtype=torch.int64).to(self.device)
-        self.fold_to(keys, values, first, addresses)
+        addresses = torch.tensor([row.data_ptr() for row in out], dtype=torch.int64)
+        addresses[0] |= int(first)
+        self.fold_to(keys, values, addresses.to(self.device))
         if int(self.nonfinite):
             self.nonfinite.zero_()
             raise not_finite(self.shape.layer)
 
-    def fold_to(self, keys: Tensor, values: Tensor, first: bool, addresses: Tensor) -> None:
-        """fold without looking at the result: addresses int64 [P] on the device; `nonfinite` int32 [1] becomes 1 where `fold`
-        raises. Safe in a CUDA graph."""
+    def fold_to(self, keys: Tensor, values: Tensor, addresses: Tensor) -> None:
+        """fold without looking at the result. addresses: int64 [P] on the device, odd (one more than it is) that of a sequence's
+        page 0, 0 where there is no page to fold. `nonfinite` int32 [1] becomes 1 where `fold` raises. Safe in a CUDA graph."""
         if self.folder is None:
             raise NoImplementation("no kernel folds these two codes together", "Use `fold`")
-        k, v = (_aligned(x.to(self.dtype)) for x in (keys, values))
-        self.folder(k, v, first, addresses, DTYPES[self.dtype])
+        k, v = (aligned(x.to(self.dtype)) for x in (keys, values))
+        self.folder(k, v, addresses, DTYPES[self.dtype])
+
+    def report_to(self, flag: Tensor) -> None:
+        """Let kernels say there, int32 [1] on the device, what `nonfinite` says otherwise."""
+        self.nonfinite = flag
+        if self.folder is not None:
+            self.folder.nonfinite = flag
 
     def refill(self, row: Tensor, keys: Tensor, values: Tensor, state: tuple[Tensor | None, Tensor | None]) -> None:
         """Rare (a trim into pages, then an append): through the canonical order."""
@@ -179,7 +187,7 @@ class CudaEngine:
         """int64 [B, SEQUENCE_WORDS] on the device, and tensors it points to: hold them until the call is enqueued."""
         words, keep = [], []
         for r in rows:
-            recent_k, recent_v = (_aligned(x) for x in (r.recent_k, r.recent_v))
+            recent_k, recent_v = (aligned(x) for x in (r.recent_k, r.recent_v))
             sinks = [x.contiguous() for x in (r.sinks_k, r.sinks_v)]
             pages = self.addresses(r.runs)
             keep += [recent_k, recent_v, *sinks, pages]
@@ -226,7 +234,7 @@ class CudaEngine:
             self.signs[0].data_ptr(),
             k.stride(0),
             *self._levels,
-            *(_pointer(x) for x in self._pairs),
+            *(pointer(x) for x in self._pairs),
         )
         kernel.launch(
             (len(addresses), self.shape.kv_heads, 4), 128, torch.cuda.current_stream(self.device).cuda_stream, a
@@ -312,13 +320,13 @@ class CudaEngine:
         """
         b, heads, new, _ = q.shape
         h = self.shape.kv_heads
-        q, k, v = (_aligned(x) for x in (q, k, v))
+        q, k, v = (aligned(x) for x in (q, k, v))
         variant = variant or self.variant(heads // h * new)
         source = "logits.cu" if variant[-1] == KEYS_ONLY else "decode.cu"
         kernel = driver.kernel(source, variant, self.capability, 4)
         _, partial, columns, threads = kernel.info
         tiles = -(-(heads // h) * new // columns)
-        work, count = _workspace(self.device.index or 0, 2 * self._blocks * partial, b * h * tiles)
+        work, count = workspace(self.device.index or 0, 2 * self._blocks * partial, b * h * tiles)
         a = DecodeArgs(
             q.data_ptr(),
             k.data_ptr(),
@@ -342,7 +350,7 @@ class CudaEngine:
             *share(b * h * tiles, self._blocks),
             scale,
             *self._levels,
-            *(_pointer(x) for x in self._pairs),
+            *(pointer(x) for x in self._pairs),
         )
         stream_ = torch.cuda.current_stream(self.device).cuda_stream
         kernel.launch((self._blocks, 1, 1), threads, stream_, a, dependent and self.capability >= COPY_MIN_CAPABILITY)
@@ -352,7 +360,11 @@ class CudaEngine:
         """Load what `append` runs, and return the memory that attention works in since its last call. A graph of the
         two points to it: hold on to it, for a larger call replaces it."""
         self._append()
-        return _WORK[self.device.index or 0]
+        return self.memory()
+
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """What the last call of attention worked in. A graph of it points there: hold on to it."""
+        return current(self.device.index or 0)
 
     def _append(self) -> driver.Kernel:
         return driver.kernel("append.cu", (self.shape.head_dim, DTYPES[self.dtype]), self.capability, 1)
@@ -360,7 +372,7 @@ class CudaEngine:
     def append(self, k: Tensor, v: Tensor, sequences: Tensor, nonfinite: Tensor) -> None:
         """Put tokens k, v [B, H, 1, D] into the rings that `sequences` int64 [B, SEQUENCE_WORDS] tells of, and count them
         there. nonfinite: int32 [1], becomes 1 if a vector holds NaN or infinity. Safe in a CUDA graph."""
-        k, v = (_aligned(x) for x in (k, v))
+        k, v = (aligned(x) for x in (k, v))
         a = AppendArgs(
             k.data_ptr(),
             v.data_ptr(),
@@ -371,28 +383,3 @@ class CudaEngine:
             self.shape.kv_heads,
         )
         self._append().launch((len(k), 1, 1), 256, torch.cuda.current_stream(self.device).cuda_stream, a)
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Rows of D contiguous numbers on 16-byte boundaries."""
-    step = 16 // x.element_size()
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % step == 0 for s in x.stride()[:-1])
-    return x if fits else x.contiguous()
-
-
-_WORK: dict[int, tuple[Tensor, Tensor]] = {}
-
-
-def _workspace(device: int, floats: int, counters: int) -> tuple[Tensor, Tensor]:
-    """Partial results and counters of one device, grown on demand and shared by all layers (they run one after another)."""
-    work, count = _WORK.get(device, (None, None))
-    if work is None or len(work) < floats or len(count) < counters:  # type: ignore[arg-type]
-        on = torch.device("cuda", device)
-        work = torch.empty(max(floats, 0 if work is None else len(work)), dtype=torch.float32, device=on)
-        count = torch.zeros(max(counters, 4096), dtype=torch.int32, device=on)
-        _WORK[device] = (work, count)
-    return work, count  # type: ignore[return-value]

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.codebook import table
 from kvfold.codebook.trellis import Code, code
 from kvfold.codec.canonical import inverse_sqrt
-from kvfold.config import SCALES, CacheSpec, SideSpec
+from kvfold.config import SCALES, TRELLIS_CODECS, CacheSpec, SideSpec
 from kvfold.engine.cuda import driver
 from kvfold.engine.cuda.fragments import TRELLIS
 from kvfold.errors import NonFiniteInput
@@ -30,7 +30,7 @@ class FoldArgs(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("k", "v", "page", "sign_k", "sign_v", "nonfinite")),
         *((f"{x}_{a}", ctypes.c_longlong) for x in "kv" for a in "pht"),
-        *((n, ctypes.c_int) for n in ("first_sinks", "rule_k", "rule_v", "search_k", "search_v")),
+        *((n, ctypes.c_int) for n in ("sinks", "rule_k", "rule_v", "search_k", "search_v")),
         ("inv_sqrt_d", ctypes.c_float),
         ("key", Book),
         ("value", Book),
@@ -41,7 +41,7 @@ class TrellisFoldArgs(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("x", "page", "sign", "nonfinite", "origins", "window_levels")),
         *((f"x_{a}", ctypes.c_longlong) for a in "pht"),
-        *((n, ctypes.c_int) for n in ("pages", "heads", "first_sinks", "rule")),
+        *((n, ctypes.c_int) for n in ("pages", "heads", "sinks", "rule")),
         *((n, ctypes.c_float) for n in ("inv_sqrt_d", "step", "gain", "clip", "inv_shift")),
         ("start", ctypes.c_uint8 * 4),
         ("level", ctypes.c_float * (1 << INDEX_BITS)),
@@ -67,8 +67,8 @@ class ScalarFold(Fold):
         super().__init__(spec, *rest)
         self.books = [book_of(s, self.signs.shape[-1]) for s in self.sides]
 
-    def __call__(self, keys: Tensor, values: Tensor, first: bool, addresses: Tensor, dtype: int) -> None:
-        """keys, values [P, H, 128, D], rows of whole 16 bytes; page p goes to addresses[p], int64 on the device."""
+    def __call__(self, keys: Tensor, values: Tensor, addresses: Tensor, dtype: int) -> None:
+        """keys, values [P, H, 128, D], rows of whole 16 bytes; page p goes to addresses[p], as CudaEngine.fold_to says."""
         _, heads, dim = self.signs.shape
         variant = (dim, *self.formats, int(self.spec.centre), dtype)
         kernel = driver.kernel("fold.cu", variant, self.capability, 1)
@@ -76,7 +76,7 @@ class ScalarFold(Fold):
             *(x.data_ptr() for x in (keys, values, addresses, *self.signs, self.nonfinite)),
             *keys.stride()[:3],
             *values.stride()[:3],
-            self.spec.sinks if first else 0,
+            self.spec.sinks,
             *(SCALES.index(s.scale) for s in self.sides),
             *(s.search for s in self.sides),
             float(inverse_sqrt(dim)),
@@ -92,14 +92,14 @@ class TrellisFold(Fold):
     def __init__(self, spec: CacheSpec, *rest: Any) -> None:
         super().__init__(spec, *rest)
         device = self.signs.device
-        self.codes = [code(s.bits) for s in self.sides]
+        self.codes = [code(s.bits, s.codec) for s in self.sides]
         self.window_levels = [
             torch.from_numpy(np.concatenate([c.by_window[0], c.by_window[-1]]).astype(np.int8)).to(device)
             for c in self.codes
         ]
         self.blocks = BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
 
-    def __call__(self, keys: Tensor, values: Tensor, first: bool, addresses: Tensor, dtype: int) -> None:
+    def __call__(self, keys: Tensor, values: Tensor, addresses: Tensor, dtype: int) -> None:
         heads, dim = self.signs.shape[1:]
         stream = torch.cuda.current_stream(keys.device).cuda_stream
         blocks = min(self.blocks, len(keys) * heads)
@@ -113,7 +113,7 @@ class TrellisFold(Fold):
                 *x.stride()[:3],
                 len(x),
                 heads,
-                self.spec.sinks if first else 0,
+                self.spec.sinks,
                 SCALES.index(s.scale),
                 *(float(f) for f in (inverse_sqrt(dim), np.float32(c.step), c.gain, c.clip, 2.0**-c.shift)),
                 (ctypes.c_uint8 * 4)(*c.starts),
@@ -133,7 +133,7 @@ def folder(
 ) -> ScalarFold | TrellisFold | None:
     """None for a scalar code beside a trellis code, and for paths searched more than once: torch folds those."""
     trellis = [f > TRELLIS for f in formats]
-    again = any(s.codec == "trellis" and s.search > 1 for s in (spec.key, spec.value))
+    again = any(s.codec in TRELLIS_CODECS and s.search > 1 for s in (spec.key, spec.value))
     if again or (any(trellis) and not all(trellis)):
         return None
     return (TrellisFold if all(trellis) else ScalarFold)(spec, formats, signs, nonfinite, capability)

@@ -5,6 +5,8 @@ codes in the order of mma.m16n8k32 A fragments (see kernels/formats.cuh), then 6
 [g][i]. Scales are not negative: the signs of K scales [g][t], g < 4, t < 4, hold bit 4 g + t of the mean's float16
 scale, so that every copy is whole 128-byte lines. A side of trellis codes is its lanes' streams (streams.py), then 64
 times a header and a byte more: those of tokens g and 8 + g hold the page's unit, of keys 16 + g and 24 + g the mean's scale.
+A side of computed codes is its words (computed.py), then its headers' lower six bits, with the unit in bits 6 and 7 of each row
+of eight, in odd rows of keys the mean's scale, then its start states.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import functools
 import torch
 from torch import Tensor
 
-from kvfold.codebook.trellis import Code, code
+from kvfold.codebook.trellis import STATES, Code, code
+from kvfold.config import TRELLIS_CODECS
+from kvfold.engine.cuda.computed import START_BYTES, pack_starts, pack_words, unpack_starts, unpack_words
 from kvfold.engine.cuda.streams import HALF_TOKENS, LANES, pack_streams, unpack_streams
 from kvfold.packing.layout import PageLayout
 from kvfold.packing.on_torch import PageCodec
@@ -24,14 +28,15 @@ SCALE_BYTES = 128
 PAGES = 64  # moved at a time: bits of trellis codes are bytes on the way
 
 
-TRELLIS = 10  # format number of a trellis code less twice its bits
+TRELLIS, COMPUTED = 10, 20  # format number of a trellis code, or of a computed one, less twice its bits
+SCALE = 63  # what of a header is the scale
 UNIT, MEAN = slice(0, 2), slice(2, 4)  # scales of a lane's tokens whose second bytes hold more
 
 
 def format_of(codec: str, bits: float) -> int:
-    """The kernels' number of a codec: its bits, 1 for uniform, 10 and twice its bits for trellis."""
-    if codec == "trellis":
-        return TRELLIS + int(2 * bits)
+    """The kernels' number of a codec: its bits; 1 for uniform; 10, or 20, and twice its bits for trellis, or computed."""
+    if codec in TRELLIS_CODECS:
+        return (COMPUTED if codec == "computed" else TRELLIS) + int(2 * bits)
     return 1 if codec == "uniform" else int(bits)
 
 
@@ -40,9 +45,14 @@ def bits_of(fmt: int) -> int:
     return 2 if fmt == 1 else fmt
 
 
+def book_of(fmt: int) -> Code:
+    """Of a trellis code or a computed one."""
+    return code((fmt - COMPUTED) / 2, "computed") if fmt > COMPUTED else code((fmt - TRELLIS) / 2)
+
+
 def code_bytes(dim: int, fmt: int) -> int:
     """Codes of one side of half a page."""
-    return 4 * dim * (fmt - TRELLIS if fmt > TRELLIS else 2 * bits_of(fmt))
+    return 4 * dim * (fmt - COMPUTED if fmt > COMPUTED else fmt - TRELLIS if fmt > TRELLIS else 2 * bits_of(fmt))
 
 
 @functools.cache
@@ -158,7 +168,10 @@ class Fragments:
         return slice(at, at + self.side[side] - SCALE_BYTES)
 
     def _book(self, side: str) -> Code:
-        return code((self.formats[side] - TRELLIS) / 2)
+        return book_of(self.formats[side])
+
+    def _is_computed(self, side: str) -> bool:
+        return self.formats[side] > COMPUTED
 
     def _scales(self, regions: Tensor, side: str, half: int) -> Tensor:
         """View [..., g, i, byte] of a side's scales: those of tokens 8 i + g."""
@@ -167,6 +180,9 @@ class Fragments:
 
     def _put_mean_scale(self, regions: Tensor, half: int, scale: Tensor) -> None:
         """scale: its two bytes [..., 2]."""
+        if self._is_computed("key"):
+            self._put_spares(regions, "key", half, scale[..., None, :], slice(1, None, 2))
+            return
         scales = self._scales(regions, "key", half)
         if self.formats["key"] > TRELLIS:
             scales[..., MEAN, 1] = scale[..., None, :]
@@ -175,6 +191,8 @@ class Fragments:
         scales[..., :4, :4, 1] |= bits.to(torch.uint8) << 7
 
     def _mean_scale(self, regions: Tensor, half: int) -> Tensor:
+        if self._is_computed("key"):
+            return self._spares(regions, "key", half)[..., 1, :]
         scales = self._scales(regions, "key", half)
         if self.formats["key"] > TRELLIS:
             return scales[..., 0, MEAN, 1]
@@ -221,10 +239,51 @@ class Fragments:
         unit = pages.planes_of(rows, side, fields["unit"])[0]  # [P, H, 1, 2]
         for h in (0, 1):
             tokens = symbols[..., HALF_TOKENS * h : HALF_TOKENS * (h + 1), :]
+            if self._is_computed(side):
+                self._put_computed(out, side, h, tokens, headers[..., h, :, :], unit)
+                continue
             out[..., self._codes(side, h)] = pack_streams(tokens, book, side == "value")
             scales = self._scales(out, side, h)
             scales[..., 0] = headers[..., h, :, :]
             scales[..., UNIT, 1] = unit
+
+    def _rows(self, regions: Tensor, side: str, half: int) -> Tensor:
+        """View [..., g, i] of a computed side's scales: those of tokens 8 i + g."""
+        at = self._codes(side, half).stop
+        return regions[..., at : at + HALF_TOKENS].unflatten(-1, (8, 8))
+
+    def _put_spares(self, regions: Tensor, side: str, half: int, pair: Tensor, rows: slice) -> None:
+        """Two bytes [..., 1, 2] into bits 6 and 7 of rows of scales."""
+        two = pair[..., None].int() >> torch.arange(0, 8, 2, device=pair.device) & 3  # [..., 1, byte, 4]
+        self._rows(regions, side, half)[..., rows, :] |= (two << 6).to(torch.uint8).flatten(-2)
+
+    def _spares(self, regions: Tensor, side: str, half: int) -> Tensor:
+        """What _put_spares put into each row: bytes [..., g, 2]."""
+        two = (self._rows(regions, side, half) >> 6).unflatten(-1, (2, 4)).int()
+        return (two << torch.arange(0, 8, 2, device=regions.device)).sum(-1).to(torch.uint8)
+
+    def _put_computed(self, out: Tensor, side: str, half: int, tokens: Tensor, headers: Tensor, unit: Tensor) -> None:
+        """One half page. tokens [..., 64, D], headers [..., g, i], unit [..., 1, 2]."""
+        value, book = side == "value", self._book(side)
+        out[..., self._codes(side, half)] = pack_words(tokens, book.widths[0], value)
+        self._rows(out, side, half)[:] = headers & SCALE
+        means = self.layout.mean and not value
+        self._put_spares(out, side, half, unit, slice(0, None, 2 if means else 1))
+        starts = torch.tensor(book.starts, dtype=torch.uint8, device=out.device)
+        states = starts[(headers >> 6).long()].mT.flatten(-2)
+        at = self._codes(side, half).stop + HALF_TOKENS
+        out[..., at : at + START_BYTES] = pack_starts(states, book.widths[0], value)
+
+    def _read_computed(self, src: Tensor, side: str, half: int) -> tuple[Tensor, Tensor]:
+        """(tokens [..., 64, D], headers [..., 64]) of half a page."""
+        value, book = side == "value", self._book(side)
+        tokens = unpack_words(src[..., self._codes(side, half)], self.dim, book.widths[0], value)
+        at = self._codes(side, half).stop + HALF_TOKENS
+        states = unpack_starts(src[..., at : at + START_BYTES], book.widths[0], value)
+        number = torch.zeros(STATES, dtype=torch.uint8, device=src.device)
+        number[list(book.starts)] = torch.arange(len(book.starts), dtype=torch.uint8, device=src.device)
+        scales = (self._rows(src, side, half) & SCALE).mT.flatten(-2)
+        return tokens, scales | number[states.long()] << 6
 
     def _to_canonical(self, rows: Tensor) -> Tensor:
         src = rows.unflatten(-1, (self.layout.kv_heads, self.head_bytes))
@@ -254,11 +313,20 @@ class Fragments:
     def _read_trellis(self, src: Tensor, side: str) -> dict[str, Tensor]:
         book, codes, headers = self._book(side), [], []
         for h in (0, 1):
-            codes.append(unpack_streams(src[..., self._codes(side, h)], self.dim, book, side == "value"))
-            headers.append(self._scales(src, side, h)[..., 0].mT.flatten(-2))
+            if self._is_computed(side):
+                tokens, header = self._read_computed(src, side, h)
+            else:
+                tokens = unpack_streams(src[..., self._codes(side, h)], self.dim, book, side == "value")
+                header = self._scales(src, side, h)[..., 0].mT.flatten(-2)
+            codes.append(tokens)
+            headers.append(header)
         symbols = torch.cat(codes, dim=-2)
         out = {"header": torch.cat(headers, dim=-1)[..., None], "symbols": symbols[..., :: book.period]}
         if book.period == 2:
             out["odd_symbols"] = symbols[..., 1::2]
-        unit = self._scales(src, side, 0)[..., 0, UNIT, 1]
+        unit = (
+            self._spares(src, side, 0)[..., 0, :]
+            if self._is_computed(side)
+            else self._scales(src, side, 0)[..., 0, UNIT, 1]
+        )
         return {**out, "unit": unit.contiguous().view(torch.float16)[..., None, :]}

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvfold.engine.cuda.arguments import SEQUENCE_WORDS
 from kvfold.engine.cuda.engine import MAX_BATCH, CudaEngine
-from kvfold.engine.cuda.folding import not_finite
 from kvfold.engine.cuda.prefill import MIN_COLUMNS
 from kvfold.engine.pools import PooledCall, PooledFold, Pools
 from kvfold.engine.request import AttendRequest, Runs, SequenceView
@@ -133,14 +132,12 @@ def gather(pools: Pools, batch: Batch) -> None:
 
 
 class Folding:
-    """One layer's folds, on a stream beside the calls: nothing in a step waits for a page that nobody reads yet."""
+    """One layer's folds, on a stream beside the calls: nothing in a step waits for a page that nobody reads yet. What they write
+    is there after `join`; what could not be folded, the engine's flag says."""
 
     def __init__(self, engine: CudaEngine) -> None:
         self.engine = engine
         self.stream = beside(engine.device)
-        self.done = torch.cuda.Event()
-        self.bad = torch.zeros(1, dtype=torch.int32).pin_memory()
-        self.pending = False
 
     def fold(self, folds: list[PooledFold], pools: Pools) -> None:
         """Begin. The tensors of `folds` are nobody else's."""
@@ -153,21 +150,10 @@ class Folding:
             for f in folds:
                 block, page = np.divmod(f.numbers, pools.pages.shape[1])
                 at = pools.pages.data_ptr() + block * pools.pages.stride(0) + page * pools.pages.stride(1)
-                self.engine.fold_to(f.keys, f.values, f.first, upload(at, self.engine.device))
+                at[0] |= int(f.first)
+                self.engine.fold_to(f.keys, f.values, upload(at, self.engine.device))
                 f.keys.record_stream(self.stream)
                 f.values.record_stream(self.stream)
-            self.bad.copy_(self.engine.nonfinite, non_blocking=True)
-            self.done.record(self.stream)
-        self.pending = True
-
-    def settle(self) -> None:
-        """Wait for what was begun. Raises NonFiniteInput if it could not be folded."""
-        if self.pending:
-            self.pending = False
-            self.done.synchronize()
-            if int(self.bad):
-                self.engine.nonfinite.zero_()
-                raise not_finite(self.engine.shape.layer)
 
 
 def join() -> None:

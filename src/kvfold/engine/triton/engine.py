@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold.codebook import table
-from kvfold.codebook.trellis import code
 from kvfold.codec.torch_trellis import Trellis
 from kvfold.config import CacheSpec, SideSpec
 from kvfold.engine.on_torch import TorchEngine
@@ -24,7 +23,7 @@ from kvfold.engine.request import AttendRequest, LayerShape, Runs, SequenceView
 from kvfold.engine.triton import OPTIONS
 from kvfold.errors import NoImplementation
 
-CODECS = {"mse": (1, 2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4)}
+CODECS = {"mse": (1, 2, 3, 4), "uniform": (2,), "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4), "computed": (2, 3)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cuda", "xpu")  # ROCm's torch calls its devices cuda, too
 MULTIPLE, NARROW, MAX_DIM = 16, 128, 256
@@ -60,9 +59,9 @@ def book_of(spec: SideSpec, codec: object, dim: int) -> tuple[tuple[int, int], N
     if isinstance(codec, Trellis):
         pairs = codec.levels.cpu().numpy().astype(np.int64) + ZERO
         even, odd = (codec.book.widths * 2)[:2]
-        return (even, odd), np.concatenate(
-            [np.resize(code(spec.bits).starts, 4), pairs[:, 0] | pairs[:, 1] << 8]
-        ).astype(np.int16)
+        return (even, odd), np.concatenate([np.resize(codec.book.starts, 4), pairs[:, 0] | pairs[:, 1] << 8]).astype(
+            np.int16
+        )
     levels = np.resize(table(spec.codec, int(spec.bits), dim).levels + ZERO, 16)
     return (int(spec.bits), 0), levels.astype(np.uint8).view(np.int32)
 

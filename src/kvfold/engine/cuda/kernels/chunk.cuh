@@ -112,6 +112,43 @@ template <class C> DI void trellis_key_products(int (&acc)[C::NG][4][4], u32 bas
     }
   }
 }
+// The same of a computed code. Sums are exact modulo 2^32, what is left after the zero point fits.
+template <class C> DI void computed_key_products(int (&acc)[C::NG][4][4], u32 base, u32 q_rot, const State<C>& s, int lane) {
+  using R = Words<pair_bits(C::KF) / 2, C::D, 0>; R words; words.load(base, lane); words.connect(base + C::Reg::K_CODES + 64, lane);
+#pragma unroll
+  for (int n = 0; n < C::NG; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {                 // of 2 bits, tile i holds the sums of fields 0..i
+      acc[n][i][0] = acc[n][i][2] = 0;
+      acc[n][i][1] = acc[n][i][3] = R::K == 2 ? (s.zq[n] >> 1) - s.zq[n] * (2 << 2 * i) : i & 1 ? -56 * s.zq[n] : (s.zq[n] >> 1) - 4 * s.zq[n];
+    }
+#pragma unroll
+  for (int u = 0; u < C::KT; u++) {
+    u32 x[R::RUNS][2], y[R::RUNS][2];
+#pragma unroll
+    for (int run = 0; run < R::RUNS; run++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) words.fields(run, 2 * u + h, x[run][h], y[run][h]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int p = i / R::FIELDS, j = i % R::FIELDS; const u32 mask = R::K == 2 ? (j == 3 ? ~0u : 0x01010101u * ((4u << 2 * j) - 1)) : R::MASK << 4 * j;
+      const u32 a[4] = {x[2 * p][0] & mask, x[2 * p + 1][0] & mask, x[2 * p][1] & mask, x[2 * p + 1][1] & mask};
+      const u32 b[4] = {y[2 * p][0] & mask, y[2 * p + 1][0] & mask, y[2 * p][1] & mask, y[2 * p + 1][1] & mask};
+#pragma unroll
+      for (int n = 0; n < C::NG; n++) {
+        const u32 at = q_rot + n * C::D * 8 + (u >> 1) * 512 + lane * 16 + (u & 1) * 8; const uint2 q = lds2(at), r = lds2(at + C::Q_BYTES * (1 + C::MEAN));
+        mma_us(acc[n][i], a, q.x, q.y); mma_us(acc[n][i], b, r.x, r.y);
+      }
+    }
+  }
+  if constexpr (R::K == 2)
+#pragma unroll
+    for (int n = 0; n < C::NG; n++)
+#pragma unroll
+      for (int i = 3; i > 0; i--)
+#pragma unroll
+        for (int c = 0; c < 4; c++) acc[n][i][c] -= acc[n][i - 1][c];
+}
 // p * V scale as 16-bit integers relative to the chunk, split into bytes and moved from C to B layout: two shuffles per 32 tokens.
 template <class C> DI void weights(u32 (&pb)[2][2], float (&fac), float& zs, const float (&x)[8], const float (&vs)[8], float vm, int lane) {
   const int g = lane >> 2, t = lane & 3; float kv = 65535.f * rcp(vm); u32 f[8], sum = 0u - 8u * 0x4B000000u;
@@ -189,33 +226,60 @@ template <class C> DI void trellis_value_products(State<C>& s, Ring<C>& ring, u3
     }
   }
 }
+// The same of a computed code; weights of tokens whose fields stand r bits of 4 higher are that much smaller.
+template <class C> DI void computed_value_products(State<C>& s, Ring<C>& ring, u32 base, const u32 (&px)[C::NG][2][2], const u32 (&py)[C::NG][2][2], const float (&fac)[C::NG], int lane) {
+  using R = Words<pair_bits(C::VF) / 2, C::D, 1>; R words; words.load(base, lane); words.connect(base + C::Reg::V_CODES + 64, lane); ring.release();
+#pragma unroll
+  for (int i = 0; i < C::MT; i++) {
+    int c[C::NG][4] = {}; u32 x[R::RUNS][2], y[R::RUNS][2];
+#pragma unroll
+    for (int run = 0; run < R::RUNS; run++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) words.fields(run, 2 * i + h, x[run][h], y[run][h]);
+#pragma unroll
+    for (int f = 0; f < 2; f++) {
+      const int run = R::RUNS == 2 ? f : 0, down = R::RUNS == 2 ? 0 : 4 * f, next = R::K == 2 ? 2 : 4;
+      const u32 x0 = x[run][0] >> down, x1 = x[run][1] >> down, y0 = y[run][0] >> down, y1 = y[run][1] >> down;
+      const u32 a[4] = {x0 & R::MASK, x1 & R::MASK, x0 & R::MASK << next, x1 & R::MASK << next}, b[4] = {y0 & R::MASK, y1 & R::MASK, y0 & R::MASK << next, y1 & R::MASK << next};
+#pragma unroll
+      for (int n = 0; n < C::NG; n++) { mma_uu(c[n], a, px[n][f][0], px[n][f][1]); mma_uu(c[n], b, py[n][f][0], py[n][f][1]); }
+    }
+#pragma unroll
+    for (int n = 0; n < C::NG; n++) add_tile<C>(&s.O[n][2 * i], c[n], fac[n]);
+  }
+}
 // Scores of the next chunk, in units of s.cs; its slot is released.
 template <class C> DI void chunk_scores(float (&x)[C::NG][8], const State<C>& s, Ring<C>& ring, const Levels& book, u32 q_rot, const float* column, u32 tables, int lane) {
   const int g = lane >> 2; float f8[8], off[C::NG];
 #pragma unroll
   for (int n = 0; n < C::NG; n++) off[n] = 0;
-  u32 base = ring.wait(); int acc[C::NG][4][4];
-  uint4 sc;
-  if constexpr (is_trellis(C::KF)) {
-    sc = lds4(base + C::Reg::MEAN_BYTES + C::Reg::K_CODES + g * 16);
-    trellis_key_products<C>(acc, base + C::Reg::MEAN_BYTES, q_rot, sc, s, book, tables, lane);
+  const u32 base = ring.wait(), codes = base + C::Reg::MEAN_BYTES; int acc[C::NG][4][4];
+  if constexpr (is_computed(C::KF)) {
+    computed_key_products<C>(acc, codes, q_rot, s, lane);
+    const float mean = computed_scales<C::MEAN>(f8, lds2(codes + C::Reg::K_CODES + g * 8), g);
+    if constexpr (C::MEAN) mean_offset<C>(off, mean, base, q_rot + C::Q_BYTES, column, lane);
+  } else if constexpr (is_trellis(C::KF)) {
+    const uint4 sc = lds4(codes + C::Reg::K_CODES + g * 16);
+    trellis_key_products<C>(acc, codes, q_rot, sc, s, book, tables, lane);
     if constexpr (C::MEAN) mean_offset<C>(off, held_half(sc.y), base, q_rot + C::Q_BYTES, column, lane);
+    trellis_scales(f8, sc);
   } else {
-    key_products<C>(acc, base + C::Reg::MEAN_BYTES, q_rot, s, book, lane);
-    sc = lds4(base + C::Reg::MEAN_BYTES + C::Reg::K_CODES + g * 16);
+    key_products<C>(acc, codes, q_rot, s, book, lane);
+    uint4 sc = lds4(codes + C::Reg::K_CODES + g * 16);
+    if constexpr (C::MEAN) {
+      const u32 signs = __ballot_sync(~0u, (lane & 2 ? sc.y : sc.x) << (lane & 1 ? 0 : 16) >> 31);
+      sc.x &= 0x7fff7fffu; sc.y &= 0x7fff7fffu;
+      mean_offset<C>(off, half_low(signs), base, q_rot + C::Q_BYTES, column, lane);
+    }
+    half8(f8, sc);
   }
-  if constexpr (C::MEAN && !is_trellis(C::KF)) {
-    const u32 signs = __ballot_sync(~0u, (lane & 2 ? sc.y : sc.x) << (lane & 1 ? 0 : 16) >> 31);
-    sc.x &= 0x7fff7fffu; sc.y &= 0x7fff7fffu;
-    mean_offset<C>(off, half_low(signs), base, q_rot + C::Q_BYTES, column, lane);
-  }
-  if constexpr (is_trellis(C::KF)) trellis_scales(f8, sc); else half8(f8, sc);
   ring.release();
 #pragma unroll
   for (int n = 0; n < C::NG; n++)
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      float k = C::KF == 1 ? f8[i] * (1.f / (1 << (i & 6))) : f8[i];                    // field j = i / 2 stands at 4^j
+      const int up = C::KF == 1 || C::KF == 24 ? i & 6 : C::KF == 26 ? 2 * (i & 2) : 0;  // bits that a field of tile i / 2 stands higher
+      float k = f8[i] * (1.f / (1 << up));
       x[n][i] = fmaf((float)(acc[n][i >> 1][(i & 1) * 2] * 256 + acc[n][i >> 1][(i & 1) * 2 + 1]), k, off[n]);
     }
 }
@@ -242,7 +306,25 @@ template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u
     for (int i = 0; i < 8; i++) { x[n][i] = ex2(fmaf(x[n][i], s.cs[n], -mc)); lc += x[n][i]; }
     fac[n] = ex2(mc - s.m[n]); s.l[n] = fmaf(lc, fac[n], s.l[n]);
   }
-  u32 base = ring.wait(); uint4 sc = lds4(base + C::Reg::V_CODES + g * 16);
+  const u32 base = ring.wait();
+  if constexpr (is_computed(C::VF)) {
+    u32 px[C::NG][2][2], py[C::NG][2][2]; float vm = 1e-7f, y8[8]; const float up = C::VF == 24 ? 4.f : 16.f, down = g & 4 ? 1.f / up : 1.f;
+    computed_scales<false>(f8, lds2(base + C::Reg::V_CODES + g * 8), g);
+#pragma unroll
+    for (int i = 0; i < 8; i++) { f8[i] *= down; vm = fmaxf(vm, f8[i]); }
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) vm = fmaxf(vm, __shfl_xor_sync(~0u, vm, d));
+#pragma unroll
+    for (int i = 0; i < 8; i++) y8[i] = f8[i] * (2.f / 3.f);
+#pragma unroll
+    for (int n = 0; n < C::NG; n++) {
+      float sum = 0, again = fac[n]; weights<C>(px[n], fac[n], sum, x[n], f8, vm, lane); weights<C>(py[n], again, sum, x[n], y8, vm, lane);
+      s.zs[n] = fmaf(sum, g & 4 ? up : 1.f, s.zs[n]);
+    }
+    computed_value_products<C>(s, ring, base, px, py, fac, lane);
+    return;
+  }
+  const uint4 sc = lds4(base + C::Reg::V_CODES + g * 16);
   if constexpr (is_trellis(C::VF)) {
     u32 pb[C::NG][2][2]; trellis_scales(f8, sc); float vm = 1e-7f;
 #pragma unroll

@@ -122,7 +122,7 @@ template <class C> __device__ __noinline__ void exact_item(State<C>& s, const un
 #pragma unroll
     for (int i = 0; i < C::MT; i++) { r[2 * i] = (o[i][0] + o[i][1]) * sign[2 * i]; r[2 * i + 1] = (o[i][2] + o[i][3]) * sign[2 * i + 1]; }
     hadamard<4>(r, lane);                           // lane 4g + t holds dims (D/8) g + i of column t
-    const float f = fac[n] * rsqrtf((float)C::D) * (C::VF == 1 ? .5f : 1.f);              // uniform pages count in half levels
+    const float f = fac[n] * rsqrtf((float)C::D) * (1.f / unit_of(C::VF));            // as pages count
 #pragma unroll
     for (int i = 0; i < 2 * C::MT; i++) s.O[n][i] = fmaf(r[i], f, s.O[n][i]);
   }

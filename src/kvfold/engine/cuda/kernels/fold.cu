@@ -1,6 +1,7 @@
 // 128 tokens of one KV head -> one side (keys or values) of a page in fragment order: centre, rotate, encode, scale, pack. One read, one write.
 //   y = H(s (x - mean)); r = |y| / sqrt(D); code_j = #{thresholds < y_j / r}; scale by rule. Canonical float32 order, no contraction: bytes equal
 //   the canonical encoder's. Grid (pages, heads, 2), 2 D threads. Limits: D 64, 128, 256; 16-bit input.
+// An odd address is that of a sequence's page 0, whose means leave out the sinks; a page with address 0 is not folded.
 // D / 64 neighbouring lanes hold a token, 64 numbers each, so that nearly all of the rotation and of the sums is arithmetic in registers:
 // number 4 i + b of lane k is dim 4 (LANES i + k) + b. Layout: formats.cuh. Bound: integer and FP32 pipes, then HBM.
 #include "fold.cuh"
@@ -9,7 +10,7 @@
 struct Book { u32 edge[7]; float level[16], step; };
 struct FoldArgs {
   const void *k, *v; const u64* page; const float *sign_k, *sign_v; int* nonfinite;
-  long long k_p, k_h, k_t, v_p, v_h, v_t; int first_sinks, rule_k, rule_v, search_k, search_v; float inv_sqrt_d; Book key, value;
+  long long k_p, k_h, k_t, v_p, v_h, v_t; int sinks, rule_k, rule_v, search_k, search_v; float inv_sqrt_d; Book key, value;
 };
 #ifndef VARIANT    // D, key format, value format, mean, float16
 #define VARIANT 128, 4, 4, 1, 0
@@ -119,7 +120,7 @@ template <class C, int F, int V> DI void fold_side(const FoldArgs& P, unsigned c
   u16* tile = (u16*)sm; unsigned char* codes = sm + TOKENS * C::ROW * 2; Two* level = (Two*)(codes + C::CODES);     // |level|, level^2 beyond n thresholds
   float *signs = (float*)(level + 8), *mean = signs + C::D, *work = mean + 2 * C::D; u16* scales = (u16*)(work + 2 * C::D);
   const Book& book = V ? P.value : P.key; const int rule = V ? P.rule_v : P.rule_k, search = V ? P.search_v : P.search_k;
-  unsigned char* out = (unsigned char*)P.page[blockIdx.x] + (u64)blockIdx.y * C::BYTES;
+  unsigned char* out = (unsigned char*)(P.page[blockIdx.x] & ~1ull) + (u64)blockIdx.y * C::BYTES;
   const u16* in = V ? (const u16*)P.v + blockIdx.x * P.v_p + blockIdx.y * P.v_h : (const u16*)P.k + blockIdx.x * P.k_p + blockIdx.y * P.k_h;
   const long long stride = V ? P.v_t : P.k_t;
 #pragma unroll 8
@@ -129,7 +130,7 @@ template <class C, int F, int V> DI void fold_side(const FoldArgs& P, unsigned c
   __syncthreads();
   u32 hidden[2] = {0, 0};
   if constexpr (!V && C::MEAN) {
-    page_means<C, C::THREADS>([&](int t, int d) { return low<C::H16>(tile[t * C::ROW + d]); }, mean, work, out, blockIdx.x == 0 ? P.first_sinks : 0, hidden);
+    page_means<C, C::THREADS>([&](int t, int d) { return low<C::H16>(tile[t * C::ROW + d]); }, mean, work, out, P.page[blockIdx.x] & 1 ? P.sinks : 0, hidden);
     for (int e = threadIdx.x; e < 2 * C::D; e += C::THREADS) work[e] = mul(-signs[e % C::D], mean[e]);
     __syncthreads();
   }
@@ -182,6 +183,7 @@ template <class C, int F, int V> DI void fold_side(const FoldArgs& P, unsigned c
 using Chosen = FoldCfg<VARIANT>;
 extern "C" __global__ void __launch_bounds__(Chosen::THREADS, Chosen::BLOCKS) kvfold_fold(const __grid_constant__ FoldArgs P) {
   extern __shared__ __align__(128) unsigned char sm[];
+  if (P.page[blockIdx.x] == 0) return;
   if (blockIdx.z == 0) fold_side<Chosen, Chosen::KF, 0>(P, sm); else fold_side<Chosen, Chosen::VF, 1>(P, sm);
 }
 extern "C" __device__ const int kvfold_fold_info[1] = {Chosen::SMEM};

@@ -1,5 +1,5 @@
 // 128 tokens of one KV head -> one side of a page of trellis codes in the kernels' order: centre, rotate, search, scale, pack. Codes and bytes equal the
-// canonical encoder's (codec/trellis.py). 128 threads; blocks walk over pages * heads; 16-bit input. Layout: trellis.cuh.
+// canonical encoder's (codec/trellis.py). 128 threads; blocks walk over pages * heads; 16-bit input. Layout: trellis.cuh. Addresses: as fold.cu's.
 // Search: one thread per vector, the costs of 64 states in registers. A cost holds, below its 4th bit, which predecessor it is of the states it leads to, so
 // that one addition and minimum per branch also finds the origin; costs stay below 2^20. Errors' squares are made once per level in floating point,
 // where they are exact, on a pipe that the branches leave idle. Origins: half a byte per step and state in global memory.
@@ -26,10 +26,10 @@ template <int N> DI void butterflies(float (&y)[N], int k) {
 #pragma unroll
     for (int j = 0; j < N; j++) if (!(j & h)) { float a = y[j], b = y[j + h]; y[j] = add(a, b); y[j + h] = sub(a, b); }
 }
-#include "trellis.cuh"
+#include "computed.cuh"
 struct TrellisFoldArgs {
   const void* x; const u64* page; const float* sign; int* nonfinite; u32* origins; const signed char* window_levels;   // levels of even windows, of odd ones
-  long long x_p, x_h, x_t; int pages, heads, first_sinks, rule; float inv_sqrt_d, step, gain, clip, inv_shift; u8 start[4]; float level[64];
+  long long x_p, x_h, x_t; int pages, heads, sinks, rule; float inv_sqrt_d, step, gain, clip, inv_shift; u8 start[4]; float level[64];
 };
 #ifndef VARIANT    // D, key format, value format, mean, float16, value?, index bits, masks of even steps (6), of odd steps (6)
 #define VARIANT 128, 17, 15, 1, 0, 0, 6, 484, 282, 417, 48, 8, 440, 200, 148, 498, 801, 208, 736
@@ -158,11 +158,44 @@ DI void pack(const u16* rows, unsigned char* codes) {
     }
   }
 }
+// Word `run` of a step of a computed code, before step 0 from the start states; lane, half as in computed.cuh.
+DI u32 step_word(const u16* rows, const u8* start, const TrellisFoldArgs& P, int half, int lane, int run, int s) {
+  constexpr int K = C::EVEN, FIELDS = K == 2 ? 4 : 2; const int g = lane >> 2, t = lane & 3; u32 word = 0;
+#pragma unroll
+  for (int b = 0; b < 4; b++)
+#pragma unroll
+    for (int j = 0; j < FIELDS; j++) {
+      const int token = half * HALF_TOKENS + (C::V ? 8 * (4 * (K == 2 ? j >> 1 : run) + b) + t + 4 * (j & 1) : 16 * ((run >> 1) * FIELDS + j) + 8 * (run & 1) + g);
+      const int run0 = C::V ? C::D / 8 * g : C::D / 4 * t + C::D / 16 * b, at = run0 + s;
+      const u32 symbol = at >= 0 ? rows[token * C::ROW + at] & 15u : P.start[start[token]] >> (-1 - at) * K & ((1u << K) - 1);
+      word |= symbol << (8 * b + (K == 2 ? 2 : 4) * j);
+    }
+  return word;
+}
+DI void pack_words(const u16* rows, const u8* start, const TrellisFoldArgs& P, unsigned char* codes) {
+  constexpr int K = C::EVEN, HELD = C::D * K / 16, LINKS = SYMBOLS<K> - 1, RUNS = (C::V ? 1 : 2) * (K == 2 ? 1 : 2);
+#pragma unroll 1
+  for (int e = threadIdx.x; e < 2 * HELD * 32; e += THREADS) {
+    const int half = e / (HELD * 32), lane = e & 31, i = e / 32 % HELD; u32 word;
+    auto of = [&](int run, int s) { return step_word(rows, start, P, half, lane, run, s); };
+    if constexpr (K == 2) word = C::V ? of(0, i) : of(i & 1, 2 * (i >> 2) + (i >> 1 & 1));
+    else {                                                           // three words and a plane of the fourth in each one's spare bits
+      const int group = i / 3, c = i % 3; const u32 last = C::V ? of(1, 2 * group + 1) : of(3, group);
+      word = (C::V ? of(c & 1, 2 * group + (c >> 1)) : of(c, group)) | (last >> c & 0x11111111u) << 3;
+    }
+    *(u32*)(codes + half * C::HALF + (i / 4 * 32 + lane) * 16 + i % 4 * 4) = word;
+  }
+  {                                                                  // one byte of the start words per thread
+    const int half = threadIdx.x >> 6, e = threadIdx.x & 63, row = C::V ? e >> 4 : e >> 3, at = C::V ? e >> 2 & 3 : e & 7, byte = C::V ? e & 3 : 0; u32 word = 0;
+    if (at < LINKS * RUNS) word = step_word(rows, start, P, half, C::V ? row : 4 * row, at % RUNS, -1 - at / RUNS);
+    codes[half * C::HALF + 4 * C::D * pair_bits(C::F) + 64 + e] = (u8)(word >> 8 * byte);
+  }
+}
 DI void fold_one(const TrellisFoldArgs& P, int page, int head, u32* origins, unsigned char* sm) {
   constexpr int N = C::N; u16* rows = (u16*)sm; signed char* levels = (signed char*)(rows + TOKENS * C::ROW); float *mean = (float*)(levels + C::WINDOWS), *work = mean + 2 * C::D;
   float* wanted = work + 2 * C::D; u8* start = (u8*)(wanted + TOKENS);
-  unsigned char* out = (unsigned char*)P.page[page] + (u64)head * C::BYTES;
-  const u16* in = (const u16*)P.x + page * P.x_p + head * P.x_h; const int sinks = page == 0 ? P.first_sinks : 0;
+  const u64 at = P.page[page]; unsigned char* out = (unsigned char*)(at & ~1ull) + (u64)head * C::BYTES;
+  const u16* in = (const u16*)P.x + page * P.x_p + head * P.x_h; const int sinks = at & 1 ? P.sinks : 0;
   u32 mean_scale[2] = {0, 0};
   if constexpr (!C::V && C::MEAN) page_means<C, THREADS>([&](int t, int d) { return low<C::H16>(__ldg(in + t * P.x_t + d)); }, mean, work, out, sinks, mean_scale);
   const int lane = threadIdx.x & 31, k = lane & 7, first = (threadIdx.x >> 5) * 4 + (lane >> 3); float sign[N]; bool bad = false;
@@ -208,10 +241,14 @@ DI void fold_one(const TrellisFoldArgs& P, int page, int head, u32* origins, uns
   unsigned char* codes = out + (C::V ? C::K_HALF : C::MEAN_BYTES);
   {
     const int e = threadIdx.x, g = e & 7, i = e >> 3 & 7; const float s = wanted[e];
-    const u32 code = s > 0 ? (u32)fminf(rintf(__fdiv_rn(s, half_float(unit))), MOST) : 0u, more = i < 2 ? unit >> 8 * i : i < 4 ? mean_scale[e >> 6] >> 8 * (i - 2) : 0u;
-    ((u16*)(codes + (e >> 6) * C::HALF + 4 * C::D * pair_bits(C::F)))[g * 8 + i] = (u16)(code | start[e] << 6 | (more & 255) << 8);
+    const u32 code = s > 0 ? (u32)fminf(rintf(__fdiv_rn(s, half_float(unit))), MOST) : 0u; unsigned char* scales = codes + (e >> 6) * C::HALF + 4 * C::D * pair_bits(C::F);
+    if constexpr (is_computed(C::F)) scales[g * 8 + i] = (u8)(code | ((!C::V && C::MEAN && g & 1 ? mean_scale[e >> 6] : unit) >> 2 * i & 3) << 6);
+    else {
+      const u32 more = i < 2 ? unit >> 8 * i : i < 4 ? mean_scale[e >> 6] >> 8 * (i - 2) : 0u;
+      ((u16*)scales)[g * 8 + i] = (u16)(code | start[e] << 6 | (more & 255) << 8);
+    }
   }
-  pack(rows, codes);
+  if constexpr (is_computed(C::F)) pack_words(rows, start, P, codes); else pack(rows, codes);
   if (bad) *P.nonfinite = 1;
   __syncthreads();
 }
@@ -221,6 +258,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) kvfold_fold_trellis(con
   __syncthreads();
   u32* origins = P.origins + (u64)blockIdx.x * C::D * C::WORDS * THREADS;
 #pragma unroll 1
-  for (int n = blockIdx.x; n < P.pages * P.heads; n += gridDim.x) fold_one(P, n / P.heads, n % P.heads, origins, sm);
+  for (int n = blockIdx.x; n < P.pages * P.heads; n += gridDim.x) if (P.page[n / P.heads] != 0) fold_one(P, n / P.heads, n % P.heads, origins, sm);
 }
 extern "C" __device__ const int kvfold_fold_trellis_info[1] = {C::SMEM};

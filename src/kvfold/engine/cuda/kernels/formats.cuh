@@ -3,14 +3,20 @@
 //   4 bits: 4 words of 8 nibbles.  3 bits: 3 words of 8 nibbles whose spare bits 3 are the fourth word.
 //   2 bits: 2 words; nibble n of word i holds code 16 i + n in bits 0-1 and code 16 i + 8 + n in bits 2-3.
 //   uniform: field j (bits 2j, 2j+1) of each byte is one of four tiles; masked in place it is level code * 4^j.
-// Trellis codes, formats 10 + twice their bits, are streams instead of fields: trellis.cuh.
+// Trellis codes, formats 10 + twice their bits, are streams instead of fields: trellis.cuh. Computed ones, 20 + twice their bits: computed.cuh.
 #pragma once
 #include "ptx.cuh"
 struct Levels { u32 a, b, c, d; };       // entries 0-3, 4-7, 8-11, 12-15: level + ZERO
 constexpr int ZERO = 64;
 __host__ __device__ constexpr int bits_of(int format) { return format == 1 ? 2 : format; }
-__host__ __device__ constexpr bool is_trellis(int format) { return format > 10; }
-__host__ __device__ constexpr int pair_bits(int format) { return is_trellis(format) ? format - 10 : 2 * bits_of(format); }  // of two codes
+__host__ __device__ constexpr bool is_computed(int format) { return format > 20; }
+__host__ __device__ constexpr bool is_trellis(int format) { return format > 10 && !is_computed(format); }
+__host__ __device__ constexpr int pair_bits(int format) { return is_computed(format) ? format - 20 : is_trellis(format) ? format - 10 : 2 * bits_of(format); }  // of two codes
+
+// What products count in: levels are `unit` times (what is multiplied - zero). Of computed codes that is X + 2/3 Y; of their values, with the
+// zero point of either field on its own sum of weights.
+__host__ __device__ constexpr float unit_of(int format) { return format == 1 ? 2.f : is_computed(format) ? 6.f : 1.f; }
+__host__ __device__ constexpr float zero_of(int format) { return format == 1 ? 1.5f : is_computed(format) ? .5f * ((1 << pair_bits(format) / 2) - 1) : (float)ZERO; }
 
 // 32 codes (bits words) -> 32 level bytes, i.e. two A fragments.
 template <int F> DI void decode(const u32* w, u32* o, const Levels& t) {
@@ -41,7 +47,7 @@ template <int F> DI void decode(const u32* w, u32* o, const Levels& t) {
 // [piece][lane]; scales of token 8 i + g at [g][i]; mean of dim 32 k + 16 r + 4 t + b at byte (D/4) t + 8 k + 4 r + b. Scales are not negative:
 // the signs of K scales [g][t], g < 4, t < 4, hold bit 4 g + t of the mean's fp16 scale. So every copy is whole 128-byte lines: unaligned bulk
 // copies run at two thirds of the speed. Of a trellis code a scale is [header | byte]: bytes of tokens g and 8 + g hold the page's unit,
-// those of 16 + g and 24 + g the mean's scale.
+// those of 16 + g and 24 + g the mean's scale. Of a computed code: computed.cuh.
 template <int D_, int KF_, int VF_, int MEAN_> struct Region {
   static constexpr int D = D_, KF = KF_, VF = VF_, MEAN = MEAN_;
   static constexpr int K_CODES = 4 * D * pair_bits(KF), V_CODES = 4 * D * pair_bits(VF);

@@ -3,8 +3,10 @@
 #include "exact.cuh"
 
 // One column as 16-bit integers in B fragments: hi byte in mma column 2c, lo byte in 2c + 1. Returns (largest |q|, sum of integers).
-// RUNS: in the order of a trellis code's runs of D/4 dims per lane.
-template <class C, bool RUNS> DI float quantize(unsigned char* frag, const float (&v)[C::EPL], int column, int lane, int& sum) {
+// Order: by dims, by a trellis code's runs of D/4 dims per lane, or by a computed code's of D/16 per byte of a lane, with two thirds of the column besides.
+enum Order { PLAIN, RUNS, BYTES };
+template <int F> constexpr Order ORDER_OF = is_computed(F) ? BYTES : is_trellis(F) ? RUNS : PLAIN;
+template <class C, Order ORDER> DI float quantize(unsigned char* frag, const float (&v)[C::EPL], int column, int lane, int& sum) {
   float mx = 1e-30f; sum = 0;
 #pragma unroll
   for (int i = 0; i < C::EPL; i++) mx = fmaxf(mx, fabsf(v[i]));
@@ -13,10 +15,14 @@ template <class C, bool RUNS> DI float quantize(unsigned char* frag, const float
   const float inv = 32600.f / mx;                 // |x| <= 32600 keeps the high byte in -127..127
 #pragma unroll
   for (int i = 0; i < C::EPL; i++) {
-    int x = __float2int_rn(v[i] * inv), lo = (int)(signed char)(x & 255), hi = (x - lo) >> 8, e = lane * C::EPL + i, in = e % (C::D / 4); sum += x;
-    const int d = RUNS ? 32 * (in >> 3) + 16 * (in >> 2 & 1) + 4 * (e / (C::D / 4)) + (in & 3) : e, word = d >> 4;         // word = 2 k step + row half
-    int at = (column >> 2) * C::D * 8 + (word >> 2) * 512 + ((column & 3) * 8 + (d >> 2 & 3)) * 16 + (word & 3) * 4 + (d & 3);
-    frag[at] = (unsigned char)hi; frag[at + 64] = (unsigned char)lo;                      // lane 4g + t with g = 2c, 2c + 1
+    const int e = lane * C::EPL + i, in = e % (C::D / 4), step = in % (C::D / 16);
+    const int d = ORDER == RUNS ? 32 * (in >> 3) + 16 * (in >> 2 & 1) + 4 * (e / (C::D / 4)) + (in & 3) : ORDER == BYTES ? 16 * step + 4 * (e / (C::D / 4)) + in / (C::D / 16) : e;
+    const int word = d >> 4;                                          // 2 k step + row half
+    const int at = (column >> 2) * C::D * 8 + (word >> 2) * 512 + ((column & 3) * 8 + (d >> 2 & 3)) * 16 + (word & 3) * 4 + (d & 3);
+    auto put = [&](unsigned char* to, float y) {                      // lane 4g + t with g = 2c, 2c + 1
+      const int x = __float2int_rn(y), lo = (int)(signed char)(x & 255), hi = (x - lo) >> 8; sum += x; to[at] = (unsigned char)hi; to[at + 64] = (unsigned char)lo;
+    };
+    put(frag, v[i] * inv); if constexpr (ORDER == BYTES) put(frag + C::Q_BYTES * (1 + C::MEAN), v[i] * inv * (2.f / 3.f));
   }
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
@@ -61,9 +67,9 @@ template <class C> DI void prepare(const Args& P, const Row& row, const Query<C>
     hadamard<1>(rot, lane);
 #pragma unroll
     for (int i = 0; i < C::EPL; i++) rot[i] *= rsqrtf((float)C::D);
-    int sum, unused; float mx = quantize<C, is_trellis(C::KF)>(sm + C::AT_Q, rot, c, lane, sum), mr = mx;
-    if constexpr (C::MEAN) mr = quantize<C, false>(sm + C::AT_Q + C::Q_BYTES, raw, c, lane, unused);
-    const float u = C::KF == 1 ? 2.f : 1.f;       // uniform: level = 2 code - 3, products count in codes
+    int sum, unused; float mx = quantize<C, ORDER_OF<C::KF>>(sm + C::AT_Q, rot, c, lane, sum), mr = mx;
+    if constexpr (C::MEAN) mr = quantize<C, PLAIN>(sm + C::AT_Q + C::Q_BYTES, raw, c, lane, unused);
+    const float u = unit_of(C::KF);
     if (lane == 0) { column[c * 4] = mx / 32600.f * 1.4426950408889634f * P.scale * u; ((int*)column)[c * 4 + 1] = sum; column[c * 4 + 2] = mr / (mx * u); }
   }
   __syncthreads();
@@ -136,7 +142,7 @@ template <class C> DI void merge_blocks(const Args& P, const Row& row, const Cut
 }
 // All warps: end of the block's share of a row. `second`: it is not the block's first. Ends with a barrier.
 template <class C> DI void merge(State<C>& s, const Plan& plan, int from, int to, int second, bool last, unsigned char* sm, int warp, int lane) {
-  const int g = lane >> 2, t = lane & 3; const Args& P = plan.P; const Row row = plan.locate(from); const float zero = C::VF == 1 ? 1.5f : (float)ZERO, unit = C::VF == 1 ? 2.f : 1.f;
+  const int g = lane >> 2, t = lane & 3; const Args& P = plan.P; const Row row = plan.locate(from); const float zero = zero_of(C::VF), unit = unit_of(C::VF);
   float *ml = (float*)(sm + C::AT_ML), *buf = (float*)(sm + C::AT_BUF), *sums = ml + 2 * C::W * C::COLS; int* flag = (int*)(sums + C::COLS);
 #pragma unroll
   for (int n = 0; n < C::NG; n++) {

@@ -1,11 +1,9 @@
 // The stream of pages into shared memory. Each warp owns a ring of R slots of chunks' sides (K or V of 64 tokens).
 #pragma once
-#include "trellis.cuh"
+#include "computed.cuh"
 #include "share.cuh"
+#include "sequence.cuh"
 
-// One row of a call. recent_k/v: exact tokens folded..length-1, token folded + e in slot (first + e) % ring of [H][stride / D][D];
-// pages: addresses of ceil(folded / 128) pages; pad: the call's first tokens that are padding.
-struct Sequence { u64 recent_k, recent_v, sink_k, sink_v, pages; int length, folded, pad, first, ring, unused; long long stride; };   // 72 bytes
 struct Args {
   const void *q, *k, *v; void* out; const Sequence* seq; const float *sign_k, *sign_v; float* partial; int* count;
   long long q_b, q_h, q_i, k_b, k_h, k_i, v_b, v_h, v_i, o_b, o_h, o_i;                                            // strides in elements
@@ -22,9 +20,9 @@ template <int D_, int KF_, int VF_, int MEAN_, int NG_, int W_, int R_, int BULK
   static constexpr int SLOT = Reg::K_HALF > Reg::V_HALF ? Reg::K_HALF : Reg::V_HALF;
   static constexpr int PARTIAL = COLS * (D + 2);                     // floats of one partial result
   static constexpr int K_TABLE = table_bytes(KF) * copies_of(KF), V_TABLE = table_bytes(VF) * copies_of(VF);
-  // shared memory: rings | tables | barriers | q fragments rotated, raw | per column floats | m, l per warp | plan | merge buffer
+  // shared memory: rings | tables | barriers | q fragments rotated, raw, of computed codes two thirds of the rotated | per column floats | m, l per warp | plan | merge buffer
   static constexpr int AT_TABLES = W * R * SLOT, AT_BARS = AT_TABLES + K_TABLE + V_TABLE, AT_Q = AT_BARS + (W * R * 8 + 15) / 16 * 16, Q_BYTES = COLS * D * 2;
-  static constexpr int AT_COL = AT_Q + Q_BYTES * (1 + MEAN), AT_ML = AT_COL + COLS * 16 + 16, AT_PLAN = AT_ML + (W + 1) * COLS * 8;
+  static constexpr int AT_COL = AT_Q + Q_BYTES * (1 + MEAN + is_computed(KF)), AT_ML = AT_COL + COLS * 16 + 16, AT_PLAN = AT_ML + (W + 1) * COLS * 8;
   static constexpr int AT_ARGS = AT_PLAN + (MAX_BATCH + 2) * 8, AT_HERE = AT_ARGS + (sizeof(Args) + 15) / 16 * 16, AT_BUF = AT_HERE + 64, FREE = SHARED_LIMIT - AT_BUF;
   static constexpr int FIT = FREE / (COLS * STRIDE * 4), ROUND = FIT >= W ? W : FIT >= W / 2 ? W / 2 : FIT >= W / 4 ? W / 4 : FIT >= W / 8 ? W / 8 : 1;
   static constexpr int SMEM = AT_BUF + ROUND * COLS * STRIDE * 4;

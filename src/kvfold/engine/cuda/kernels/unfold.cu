@@ -2,7 +2,7 @@
 //   K = s L + R mean, V = s L; rotated query and output are the caller's business. Grid (pages, heads, 4: half x side), 128 threads.
 // Layout: formats.cuh; out [H, tokens, D]. Limits: D 64, 128, 256. Bound: HBM writes.
 #include "hadamard.cuh"
-#include "trellis.cuh"
+#include "computed.cuh"
 struct UnfoldArgs { const u64* page; void *k, *v; const float* sign_k; long long head; Levels key, value; const u32 *key_pairs, *value_pairs; };        // head: stride in elements
 #ifndef VARIANT    // D, key format, value format, mean, float16
 #define VARIANT 128, 4, 4, 1, 0
@@ -13,7 +13,7 @@ template <int D_, int KF_, int VF_, int MEAN_, int H16_> struct UnfoldCfg : Regi
 // Rotated mean of one half page by warp 0; scale from the signs of K scales.
 template <class C> DI void rotated_mean(float* mean, const unsigned char* half, const u16* scales, const float* sign, int lane) {
   constexpr int N = C::D / 32; float v[N];
-  const float scale = is_trellis(C::KF) ? held_half((u32)scales[2] | (u32)scales[3] << 16) : half_low(__ballot_sync(~0u, scales[(lane >> 2) * 8 + (lane & 3)] >> 15));
+  const float scale = is_computed(C::KF) ? half_low(spares(((const uint2*)scales)[1])) : is_trellis(C::KF) ? held_half((u32)scales[2] | (u32)scales[3] << 16) : half_low(__ballot_sync(~0u, scales[(lane >> 2) * 8 + (lane & 3)] >> 15));
 #pragma unroll
   for (int i = 0; i < N; i++) { const int d = lane * N + i; v[i] = (float)(signed char)half[(d >> 2 & 3) * (C::D / 4) + (d >> 4) * 4 + (d & 3)] * scale * sign[d]; }
   hadamard<1>(v, lane);
@@ -29,14 +29,35 @@ template <class C, int F, int V> DI void unfold_side(const UnfoldArgs& P, unsign
   float* scale = mean + C::D;
   if (threadIdx.x < 64) {
     const u32 s = scales[threadIdx.x];
-    scale[(threadIdx.x & 7) * 8 + (threadIdx.x >> 3)] = is_trellis(F) ? held_half((u32)scales[0] | (u32)scales[1] << 16) * (float)(s & 63) : half_low(s & 0x7fffu);
+    scale[(threadIdx.x & 7) * 8 + (threadIdx.x >> 3)] = is_computed(F) ? half_low(spares(*(const uint2*)scales)) * (float)(((const u8*)scales)[threadIdx.x] & 63) : is_trellis(F) ? held_half((u32)scales[0] | (u32)scales[1] << 16) * (float)(s & 63) : half_low(s & 0x7fffu);
   }
   __syncthreads();
   auto put = [&](int token, int dim, int level) {
     float x = scale[token] * (float)level; if (!V && C::MEAN) x += mean[dim];
     tile[token * C::ROW + dim] = (u16)pair<C::H16>(x, 0.f);
   };
-  if constexpr (is_trellis(F)) {
+  if constexpr (is_computed(F)) {
+    using R = Words<pair_bits(F) / 2, C::D, V>; R words;
+#pragma unroll
+    for (int i = 0; i < R::HELD; i++) words.w[i] = *(const u32*)(codes + (i / 4 * 32 + lane) * 16 + i % 4 * 4);
+    words.connect((const unsigned char*)(scales + 32), lane);
+#pragma unroll
+    for (int s = 0; s < R::STEPS; s++) {
+      if ((s & 3) != warp) continue;              // the same for all lanes of a warp
+#pragma unroll
+      for (int run = 0; run < R::RUNS; run++) {
+        u32 x, y; words.fields(run, s, x, y);
+#pragma unroll
+        for (int b = 0; b < 4; b++)
+#pragma unroll
+          for (int j = 0; j < R::FIELDS; j++) {
+            const int at = 8 * b + 8 / R::FIELDS * j, level = 6 * (int)(x >> at & R::M) + 4 * (int)(y >> at & R::M) - 5 * (int)R::M;
+            if (V) put(8 * (4 * (R::K == 2 ? j >> 1 : run) + b) + t + 4 * (j & 1), C::D / 8 * g + s, level);
+            else put(16 * ((run >> 1) * R::FIELDS + j) + 8 * (run & 1) + g, C::D / 4 * t + C::D / 16 * b + s, level);
+          }
+      }
+    }
+  } else if constexpr (is_trellis(F)) {
     using R = Runs<F, V ? 16 : 8, V ? C::D / 8 : C::D / 4>; u32 w[R::WORDS];
     const char* table = (const char*)(V ? P.value_pairs : P.key_pairs);
 #pragma unroll

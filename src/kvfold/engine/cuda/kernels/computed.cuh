@@ -1,0 +1,71 @@
+// Computed trellis codes: a level is 3 (2 X - M) + 2 (2 Y - M), M = 2^K - 1, X and Y fields of K bits whose bits are parities. No table: a word holds one
+// step of many vectors, so that a few logical instructions make the fields of all of them, and tensor cores multiply them where they stand, masked.
+//
+// Keys: lane 4g + t holds coordinates (D/4) t + (D/16) b + s, byte b, step s; the rotated query lies in that order (quantize). 2 bits: word [s][rr] has
+// tokens 16 j + 8 rr + g at bits 8 b + 2 j. 3 bits: word [s][2 P + rr] has tokens 16 (2 P + j) + 8 rr + g at bits 8 b + 4 j. Values: coordinate (D/8) g + s; 2 bits: word
+// [s] has tokens 8 (4 f + b) + t + 4 r at bits 8 b + 2 (2 f + r); 3 bits: word [s][f] has them at bits 8 b + 4 r. Of 3 bits, three words of four are stored,
+// [s][0..2] of keys, of values [2 i][0], [2 i][1], [2 i + 1][0]; their spare bits 3 are the planes of the fourth.
+// A byte's run of keys goes on in the next byte, byte 3's in the next lane; a lane's runs of values in lane + 4. Before the first runs are start states.
+// Behind the codes: [g][i] scale of token 8 i + g, six bits; bits 6 and 7 of a row, first byte lowest, are the float16 unit, in odd rows of keys with means the mean's
+// scale. Then the words of the steps before the first runs: of keys, bytes 2 i + rr or 4 i + 2 P + rr of row g, step -1 - i; of values words i or 2 i + f of row t.
+#pragma once
+#include "trellis.cuh"
+template <int K> constexpr int SYMBOLS = 1 + (REGISTER + K - 1) / K;                           // a field reads: the step's own and those before it
+// The parities of codebook/trellis.toml, of whole words; symbol[i]: of the step i before.
+template <int K> DI u32 field_x(const u32 (&symbol)[SYMBOLS<K>]) { return symbol[0] ^ symbol[1] ^ symbol[SYMBOLS<K> - 1]; }
+template <int K> DI u32 field_y(const u32 (&symbol)[SYMBOLS<K>]) { return symbol[1] ^ (K == 2 ? symbol[2] << 1 & 0xaaaaaaaau : symbol[1] << 2 & 0x44444444u); }
+DI u32 fourth(u32 a, u32 b, u32 c) { return (a >> 3 & 0x11111111u) | (b >> 2 & 0x22222222u) | (c >> 1 & 0x44444444u); }
+
+// One side's words of a half page. RUNS: words of a step; STEPS of a run; FIELDS of a byte; HELD words.
+template <int K_, int D_, int V_> struct Words {
+  static constexpr int K = K_, D = D_, V = V_, RUNS = (V ? 1 : 2) * (K == 2 ? 1 : 2), STEPS = V ? D / 8 : D / 16, FIELDS = K == 2 ? 4 : 2, HELD = D * K / 16, LINKS = SYMBOLS<K> - 1;
+  static constexpr u32 M = (1 << K) - 1, MASK = 0x01010101u * M;
+  u32 w[HELD], link[RUNS][LINKS];
+  DI void load(u32 base, int lane) {
+#pragma unroll
+    for (int i = 0; i < HELD / 4; i++) { const uint4 v = lds4(base + i * 512 + lane * 16); w[4 * i] = v.x; w[4 * i + 1] = v.y; w[4 * i + 2] = v.z; w[4 * i + 3] = v.w; }
+  }
+  DI u32 stored(int run, int s) const {
+    if constexpr (K == 2) return V ? w[s] : w[4 * (s >> 1) + run + 2 * (s & 1)];
+    else if constexpr (V) { const int i = s >> 1, c = 2 * (s & 1) + run; return c < 3 ? w[3 * i + c] : fourth(w[3 * i], w[3 * i + 1], w[3 * i + 2]); }
+    else return run < 3 ? w[3 * s + run] : fourth(w[3 * s], w[3 * s + 1], w[3 * s + 2]);
+  }
+  DI u32 step(int run, int s) const { return s < 0 ? link[run][-1 - s] : stored(run, s); }
+  // What runs go on from; `rows`: the start words of this half page, in shared memory (by address) or global.
+  DI void connect(u32 rows, int lane) {
+    if constexpr (V) connect(lds4(rows + (lane & 3) * 16), lane);
+    else { const uint2 v = lds2(rows + (lane >> 2) * 8); connect(make_uint4(v.x, v.y, 0, 0), lane); }
+  }
+  DI void connect(const unsigned char* rows, int lane) {
+    if constexpr (V) connect(((const uint4*)rows)[lane & 3], lane);
+    else { const uint2 v = ((const uint2*)rows)[lane >> 2]; connect(make_uint4(v.x, v.y, 0, 0), lane); }
+  }
+  DI void connect(uint4 row, int lane) {
+    const bool first = V ? lane < 4 : (lane & 3) == 0; const u32 start[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+    for (int i = 0; i < LINKS; i++)
+#pragma unroll
+      for (int run = 0; run < RUNS; run++) {
+        const u32 own = stored(run, STEPS - 1 - i), left = __shfl_sync(~0u, own, lane - (V ? 4 : 1)); const int at = i * RUNS + run;
+        if constexpr (V) link[run][i] = first ? start[at] : left;
+        else link[run][i] = prmt(own, first ? start[at >> 2] : left, first ? 0x2104u + (at & 3) : 0x2107u);
+      }
+  }
+  DI void fields(int run, int s, u32& x, u32& y) const {
+    u32 symbol[SYMBOLS<K>];
+#pragma unroll
+    for (int i = 0; i < SYMBOLS<K>; i++) symbol[i] = step(run, s - i);
+    x = field_x<K>(symbol); y = field_y<K>(symbol);
+  }
+};
+// Bits 6 and 7 of the eight bytes, the first byte's lowest.
+DI u32 spares(uint2 codes) { return ((codes.x >> 6 & 0x03030303u) * 0x01041040u >> 24) | (codes.y >> 6 & 0x03030303u) * 0x01041040u >> 24 << 8; }
+// Scales of tokens 8 i + g from row g of a side's scales; returns the mean's scale, of keys with means.
+template <bool MEAN> DI float computed_scales(float (&f)[8], uint2 codes, int g) {
+  float mine = half_low(spares(codes)), other = mine;
+  if constexpr (MEAN) other = __shfl_xor_sync(~0u, mine, 4);
+  const float unit = g & 1 ? other : mine;
+#pragma unroll
+  for (int i = 0; i < 8; i++) f[i] = unit * (float)((i < 4 ? codes.x : codes.y) >> 8 * (i & 3) & 63);
+  return g & 1 ? mine : other;
+}
