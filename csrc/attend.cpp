@@ -14,6 +14,7 @@
 
 #include "half.h"
 #include "pool.h"
+#include "streams.h"
 
 namespace kvfold {
 namespace {
@@ -141,7 +142,7 @@ void prepare_row(const Rows& rows, int row, QueryTile& tile, int r) {
   for (int j = 0; j < dim; ++j) {
     if (!finite) tile.query[r][j] = rotated[j] = 0.0f;
     const auto grid = static_cast<std::int16_t>(std::lrint(rotated[j] * to_grid));
-    tile.grid[r][rows.level.place(rows.request.format->key, j)] = grid;
+    tile.grid[r][place(*rows.request.format, true, j)] = grid;
     tile.sum[r] += grid;
   }
 }
@@ -215,7 +216,7 @@ void finish_row(const Rows& rows, int row, const QueryTile& tile, int r, const T
     const TileState& part = paged[p * stride];
     const float weight = std::exp2(part.peak[r] - peak);
     total += weight * part.total[r];
-    for (int j = 0; j < dim; ++j) rotated[j] += weight * part.output[r][rows.level.place(rows.request.format->value, j)];
+    for (int j = 0; j < dim; ++j) rotated[j] += weight * part.output[r][place(*rows.request.format, false, j)];
   }
   rows.level.hadamard(rotated, dim);
   const kvf_attend_request& request = rows.request;

@@ -14,8 +14,11 @@
 // A plane of width w packs 8/w quads into a line: field f of line s is quad s + f * lines, lines = quads * w / 8. Three bits are a
 // 2-bit plane (low bits) followed by a 1-bit plane, group by group.
 //
-// Trellis codes: both sides lie in 8 groups of 16 tokens. A vector's bits are one stream in the order in which they enter the register;
-// 64 coordinates take widths[0] + widths[1] lines, and line n of a group holds 32-bit word n of the streams of its 16 tokens.
+// Trellis codes. A vector's bits are one stream in the order in which they enter the register; 16 coordinates are a segment of it, of
+// widths[0] + widths[1] bytes. Line c of a run of as many lines holds byte c of 64 segments, in the order in which dot products take numbers:
+//   keys:   8 groups of 16 tokens by D / 64 runs; a lane is a token, its four bytes are segments that follow each other
+//   values: 128 / (4 Q) runs of 4 Q tokens, Q = 256 / D; lane Q s + q is segment s of four tokens, the q-th of the run
+// So that whatever maps windows to levels works on whole lines, and its results need not be moved.
 #ifndef KVFOLD_FORMAT_H
 #define KVFOLD_FORMAT_H
 

@@ -26,9 +26,9 @@ enum { KVF_SCALE_NORM = 0, KVF_SCALE_UNBIASED = 1, KVF_SCALE_LEAST_SQUARES = 2, 
 /* How attention reads a trellis code ("Trellis codes" in FORMAT.md). Bits of a vector are one stream, in the order in which they enter
    the register; a window is the 6 + width bits that end with a step's last, the oldest in bit 0. Coordinates alternate between widths.
    index = affine_low applied to the window's low byte, exclusive or affine_high applied to the rest, each a matrix of bits as
-   x86's gf2p8affineqb takes it; level = levels[index]. There are 16, 32 or 64 levels (8 at one bit) by the widths' sum, up to 4, 5,
-   and beyond; level n from the end is minus level n. pairs[w] holds the two levels of two steps, w being the first window and
-   the bits after it. starts: the six bits before the first, oldest in bit 0, by stored number. */
+   x86's gf2p8affineqb takes it; level = levels[index]. There are 16, 32 or 64 levels (fewer at one bit), as the highest
+   row used of any matrix has it; level n from the end is minus level n. pairs[w] holds the two levels of two steps, w being the first
+   window and the bits after it. starts: the six bits before the first, oldest in bit 0, by stored number. */
 typedef struct kvf_trellis_reader {
   int32_t widths[2];
   uint64_t affine_low[2];

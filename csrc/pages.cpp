@@ -26,11 +26,11 @@ struct Side {
 
   // Codes, or symbols of a trellis code, [128][dim].
   void unpack(const std::uint8_t* row, std::uint8_t* out) const {
-    if (side.trellis != nullptr) return unpack_streams(row + codes, dim, *side.trellis, out);
+    if (side.trellis != nullptr) return unpack_streams(row + codes, dim, *side.trellis, keys, out);
     keys ? unpack_keys(row + codes, dim, side.bits, out) : unpack_values(row + codes, dim, side.bits, out);
   }
   void pack(const std::uint8_t* in, std::uint8_t* row) const {
-    if (side.trellis != nullptr) return pack_streams(in, dim, *side.trellis, row + codes);
+    if (side.trellis != nullptr) return pack_streams(in, dim, *side.trellis, keys, row + codes);
     keys ? pack_keys(in, dim, side.bits, row + codes) : pack_values(in, dim, side.bits, row + codes);
   }
 
@@ -63,7 +63,8 @@ struct Side {
       if (side.trellis != nullptr) {
         const std::uint8_t header = row[scales + t];
         const float scale = half(row + unit) * static_cast<float>(header & kScaleCode);
-        read_levels(row + codes, dim, *side.trellis, t, header, [&](int j, std::int8_t level) { out[j] = scale * static_cast<float>(level); });
+        read_levels(row + codes, dim, *side.trellis, keys, t, header,
+                    [&](int j, std::int8_t level) { out[j] = scale * static_cast<float>(level); });
         continue;
       }
       const float scale = half(row + scales + 2 * t);

@@ -1,4 +1,4 @@
-// Trellis codes of a page: symbols [128][D] <-> the engine's word streams, and the scalar reading of levels. format.h has the picture.
+// Trellis codes of a page: symbols [128][D] <-> the engine's streams, and the scalar reading of levels. format.h has the picture.
 #ifndef KVFOLD_STREAMS_H
 #define KVFOLD_STREAMS_H
 
@@ -21,51 +21,91 @@ inline unsigned entering(unsigned symbol, int width) {
   return unsigned{kReversed[symbol]} >> (4 - width);
 }
 
-inline std::size_t stream_words(const kvf_trellis_reader& code, int dim) {
-  return static_cast<std::size_t>(dim) / 64 * static_cast<std::size_t>(code.widths[0] + code.widths[1]);
+// Bits of a level's index, at least four.
+inline int trellis_index_bits(const kvf_trellis_reader& code) {
+  const std::uint64_t masks = code.affine_low[0] | code.affine_low[1] | code.affine_high[0] | code.affine_high[1];
+  int bits = 6;
+  while (bits > 4 && (masks >> (8 * (8 - bits)) & 255) == 0) --bits;
+  return bits;
 }
 
-// Bits of a level's index, by the bits of two symbols.
-constexpr int index_bits(int pair) { return pair <= 4 ? 4 : pair == 5 ? 5 : 6; }
-inline int trellis_index_bits(const kvf_trellis_reader& code) { return index_bits(code.widths[0] + code.widths[1]); }
+constexpr int kSegment = 16;                          // coordinates
+constexpr int kMaxStream = kMaxDim / kSegment * 8;    // bytes
+inline int segment_bytes(const kvf_trellis_reader& code) { return code.widths[0] + code.widths[1]; }
 
-// Where word n of a token's stream lies.
-inline std::size_t word_offset(std::size_t words, int token, std::size_t n) {
-  return (static_cast<std::size_t>(token / kLanes) * words + n) * 64 + 4 * static_cast<std::size_t>(token % kLanes);
+// Where the bytes of streams lie in the codes of one side: byte c of a segment at first(token) + offset(segment, c).
+class StreamOrder {
+ public:
+  StreamOrder(const kvf_trellis_reader& code, int dim, bool of_keys)
+      : bytes(segment_bytes(code)), segments(dim / kSegment), keys(of_keys), quads(kLanes / segments) {}
+
+  int first(int token) const {
+    if (keys) return 64 * (token / kLanes * (segments / 4) * bytes) + 4 * (token % kLanes);
+    return 64 * (token / (4 * quads) * bytes) + 4 * (token / 4 % quads) + token % 4;
+  }
+  int offset(int segment, int c) const { return keys ? 64 * (segment / 4 * bytes + c) + segment % 4 : 64 * c + 4 * quads * segment; }
+
+  void load(const std::uint8_t* codes, int token, std::uint8_t* stream) const {
+    codes += first(token);
+    for (int s = 0; s < segments; ++s)
+      for (int c = 0; c < bytes; ++c) *stream++ = codes[offset(s, c)];
+  }
+  void store(const std::uint8_t* stream, int token, std::uint8_t* codes) const {
+    codes += first(token);
+    for (int s = 0; s < segments; ++s)
+      for (int c = 0; c < bytes; ++c) codes[offset(s, c)] = *stream++;
+  }
+
+  const int bytes, segments;
+
+ private:
+  const bool keys;
+  const int quads;
+};
+
+// The order in which attention has the coordinates of a side, on all levels. Of a trellis side, a group of 16 lanes of values is the
+// coordinates that are as far into their segments, of as many segments as there are; if those are fewer, neighbours of them too, as
+// shuffles within 128 bits bring them together.
+inline int place(const kvf_format& format, bool keys, int j) {
+  if ((keys ? format.key : format.value).trellis == nullptr) return j;
+  const int segment = j / kSegment, window = j % kSegment, quads = kMaxDim / format.head_dim, run = 4 / quads;
+  if (keys) return segment / 4 * 64 + 4 * window + segment % 4;
+  return window / quads * kLanes + segment / run * 4 + window % quads * run + segment % run;
 }
 
-inline void pack_streams(const std::uint8_t* symbols, int dim, const kvf_trellis_reader& code, std::uint8_t* out) {
-  const std::size_t words = stream_words(code, dim);
+inline void pack_streams(const std::uint8_t* symbols, int dim, const kvf_trellis_reader& code, bool keys, std::uint8_t* out) {
+  const StreamOrder order(code, dim, keys);
   for (int t = 0; t < kPageTokens; ++t, symbols += dim) {
-    std::uint64_t bits = 0;
-    int held = 0;
-    std::size_t n = 0;
+    std::uint8_t stream[kMaxStream];
+    unsigned bits = 0;
+    int held = 0, n = 0;
     for (int j = 0; j < dim; ++j) {
       const int width = code.widths[j % 2];
-      bits |= std::uint64_t{entering(symbols[j], width)} << held;
+      bits |= entering(symbols[j], width) << held;
       held += width;
-      if (held < 32) continue;
-      const auto word = static_cast<std::uint32_t>(bits);
-      std::memcpy(out + word_offset(words, t, n++), &word, sizeof word);
-      bits >>= 32;
-      held -= 32;
+      if (held < 8) continue;
+      stream[n++] = static_cast<std::uint8_t>(bits);
+      bits >>= 8;
+      held -= 8;
     }
+    order.store(stream, t, out);
   }
 }
 
-inline void unpack_streams(const std::uint8_t* in, int dim, const kvf_trellis_reader& code, std::uint8_t* symbols) {
-  const std::size_t words = stream_words(code, dim);
+inline void unpack_streams(const std::uint8_t* in, int dim, const kvf_trellis_reader& code, bool keys, std::uint8_t* symbols) {
+  const StreamOrder order(code, dim, keys);
   for (int t = 0; t < kPageTokens; ++t, symbols += dim) {
-    std::uint64_t bits = 0;
-    int held = 0;
-    std::size_t n = 0;
+    std::uint8_t stream[kMaxStream];
+    order.load(in, t, stream);
+    unsigned bits = 0;
+    int held = 0, n = 0;
     for (int j = 0; j < dim; ++j) {
       const int width = code.widths[j % 2];
       if (held < width) {
-        bits |= std::uint64_t{load_word(in + word_offset(words, t, n++))} << held;
-        held += 32;
+        bits |= unsigned{stream[n++]} << held;
+        held += 8;
       }
-      symbols[j] = static_cast<std::uint8_t>(entering(static_cast<unsigned>(bits) & ((1u << width) - 1u), width));
+      symbols[j] = static_cast<std::uint8_t>(entering(bits & ((1u << width) - 1u), width));
       bits >>= width;
       held -= width;
     }
@@ -99,16 +139,19 @@ inline void unpack_canonical_symbols(const std::uint8_t* in, int dim, const kvf_
 
 // Visits (coordinate, level) of one token by look-up of two levels at a time.
 template <class Visit>
-inline void read_levels(const std::uint8_t* in, int dim, const kvf_trellis_reader& code, int token, std::uint8_t header, const Visit& visit) {
-  const std::size_t words = stream_words(code, dim);
+inline void read_levels(const std::uint8_t* in, int dim, const kvf_trellis_reader& code, bool keys, int token, std::uint8_t header,
+                        const Visit& visit) {
+  std::uint8_t stream[kMaxStream];
+  StreamOrder(code, dim, keys).load(in, token, stream);
   const int step = code.widths[0] + code.widths[1], need = kHistory + step;
   const std::uint64_t mask = (std::uint64_t{1} << need) - 1;
   std::uint64_t bits = code.starts[header >> 6];
   int held = kHistory;
-  std::size_t n = 0;
+  const std::uint8_t* next = stream;
   for (int j = 0; j < dim; j += 2) {
     if (held < need) {
-      bits |= std::uint64_t{load_word(in + word_offset(words, token, n++))} << held;
+      bits |= std::uint64_t{load_word(next)} << held;
+      next += 4;
       held += 32;
     }
     const std::int8_t* pair = code.pairs + 2 * (bits & mask);

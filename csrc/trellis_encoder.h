@@ -27,6 +27,7 @@ struct TrellisFold {
   std::int64_t stride;  // elements from token to token
   int dtype;
   int dim;
+  bool keys;
   int skipped;  // first tokens left out of the unit
   std::uint8_t *codes, *headers, *unit;
 };

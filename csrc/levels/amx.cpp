@@ -67,9 +67,6 @@ using Unpack = void (*)(const std::uint8_t* src, std::uint8_t* out, const std::u
 
 Unpack unpack_for(int bits, int quads) {
   if (bits == kIndexBits) return quads == 16 ? unpack<kIndexBits, 16> : quads == 32 ? unpack<kIndexBits, 32> : unpack<kIndexBits, 64>;
-  if (bits == kPairBits) return quads == 16 ? unpack<kPairBits, 16> : quads == 32 ? unpack<kPairBits, 32> : unpack<kPairBits, 64>;
-  if (bits == kLowHalfBits) return unpack<kLowHalfBits, kTokenQuads>;
-  if (bits == kHighHalfBits) return unpack<kHighHalfBits, kTokenQuads>;
   if (quads == 16) return bits == 4 ? unpack<4, 16> : bits == 3 ? unpack<3, 16> : unpack<2, 16>;
   if (quads == 24) return bits == 4 ? unpack<4, 24> : bits == 3 ? unpack<3, 24> : unpack<2, 24>;
   if (quads == 32) return bits == 4 ? unpack<4, 32> : bits == 3 ? unpack<3, 32> : unpack<2, 32>;
@@ -135,11 +132,11 @@ struct TilesKernel {
   static constexpr int kMaxSteps = kPages * (kTokenGroups + kValueGroups);
 
   explicit TilesKernel(const PagesTask& work)
-      : task(work), layout(*work.format), key(work.format->key, kDim, 0, true), value(work.format->value, kDim, 0, false),
+      : task(work), layout(*work.format), key(*work.format, true, 0), value(*work.format, false, 0),
         fused(work.tile_count == 1 && !key.trellis && !value.trellis) {
     unpack_key = unpack_for(key.bits, kDim / 4);
-    unpack_value[0] = unpack_for(value.bits, kTokenQuads);
-    unpack_value[1] = unpack_for(value.high_bits, kTokenQuads);
+    unpack_value = unpack_for(value.bits, kTokenQuads);
+    value_group = Layout::group_bytes(kTokenQuads, width_of(value.bits));
     key_group = Layout::group_bytes(kDim / 4, width_of(key.bits));
     std::memset(&sink, 0, sizeof sink);
   }
@@ -165,7 +162,7 @@ struct TilesKernel {
     for (int g0 = 0; g0 < kValueGroups; g0 += T::kSums)
       for (int p = 0; p < out.pages; ++p)
         for (int g = g0; g < g0 + T::kSums; ++g)
-          *source++ = page(out.first_page + p) + layout.value_codes(out.head) + value.value_group(g);
+          *source++ = page(out.first_page + p) + layout.value_codes(out.head) + g * value_group;
     out.count = out.pages * (kTokenGroups + kValueGroups);
   }
 
@@ -173,7 +170,7 @@ struct TilesKernel {
     if (step < of.key_steps)
       unpack_key(of.sources[step], out, key.tables);
     else
-      unpack_value[0](of.sources[step], out, value.tables);
+      unpack_value(of.sources[step], out, value.tables);
   }
 
   // All of a block at once, which is a page.
@@ -184,7 +181,7 @@ struct TilesKernel {
     const std::uint8_t* values = value.values(row + layout.value_codes(now->head), row + layout.value_scales(now->head), value.levels);
     for (int g = 0; g < kTokenGroups; ++g) unpack_key(keys + g * key_group, unpacked + g * kSlotBytes, key.tables);
     for (int g = 0; g < kValueGroups; ++g)
-      unpack_value[g % 2](values + value.value_group(g), unpacked + (kTokenGroups + g) * kSlotBytes, value.tables);
+      unpack_value(values + g * value_group, unpacked + (kTokenGroups + g) * kSlotBytes, value.tables);
   }
 
   // Asks for the next lines of the stream of rows. Called at an even pace in all phases: memory idles whenever nothing is asked for.
@@ -342,8 +339,8 @@ struct TilesKernel {
   const Layout layout;
   SideReader<Simd> key, value;
   const bool fused;
-  Unpack unpack_key, unpack_value[2];  // of even and odd groups
-  std::size_t key_group;
+  Unpack unpack_key, unpack_value;
+  std::size_t key_group, value_group;
   Block blocks[2];
   Block *now = &blocks[0], *next = &blocks[1];
   int phase = 0, step_lines = 0, softmax_lines = 0;
@@ -367,5 +364,5 @@ void attend_tiles(const PagesTask& task) {
 }  // namespace
 
 const Level kAmx = {"amx",       amx_reason, prepare_tiles,      attend_tiles, attend_exact<Simd>,
-                    fold<Simd>, hadamard<Simd>, place<Simd>,   read_stream<Simd>};
+                    fold<Simd>, hadamard<Simd>, read_stream<Simd>};
 }  // namespace kvfold

@@ -27,8 +27,7 @@ std::int64_t read_stream(const std::uint8_t* data, std::int64_t bytes) {
 
 template <class Simd>
 constexpr Level line_level(const char* name, const char* (*reason)()) {
-  return {name, reason, prepare_lines<Simd>, attend_pages<Simd>, attend_exact<Simd>, fold<Simd>, hadamard<Simd>, place<Simd>,
-          read_stream<Simd>};
+  return {name, reason, prepare_lines<Simd>, attend_pages<Simd>, attend_exact<Simd>, fold<Simd>, hadamard<Simd>, read_stream<Simd>};
 }
 
 }  // namespace

@@ -370,7 +370,7 @@ template <class Simd, int Dim>
 bool fold_side(const FoldTask& task, const FoldSide& s) {
   if (s.side.trellis != nullptr)
     return task.trellis->fold(
-        {&s.side, s.signs, s.means, s.data, s.stride, task.dtype, Dim, task.skipped, s.codes, s.scales, s.unit});
+        {&s.side, s.signs, s.means, s.data, s.stride, task.dtype, Dim, s.keys, task.skipped, s.codes, s.scales, s.unit});
   if (s.side.bits == 4) return encode_page<Simd, Dim, 4>(s, task.dtype);
   return s.side.bits == 3 ? encode_page<Simd, Dim, 3>(s, task.dtype) : encode_page<Simd, Dim, 2>(s, task.dtype);
 }

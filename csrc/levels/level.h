@@ -17,14 +17,10 @@ constexpr int kTileRows = 8;
 constexpr float kGridTop = 32639.0f;
 // With every code line the one this far ahead is asked for, into the first level cache (best of 1 to 16 KB, both levels, on Zen 4).
 constexpr int kPrefetchBytes = 2048;
-// What a dot product reads instead of packed codes, where pages of trellis codes are unpacked first. Lines of 64 bytes, one quad in each,
-// unless said otherwise.
+// What a dot product reads instead of packed codes, where pages of trellis codes are unpacked first. Lines of 64 bytes, one quad in each.
 enum Unpacked : int {
-  kLevelBits = 8,      // levels as they are
-  kIndexBits = 24,     // indices of levels, in bytes that have no other bits
-  kPairBits = 20,      // indices in half bytes: line s has quads s / 4 * 8 + s % 4 and, above, the one four further on
-  kLowHalfBits = 40,   // indices in half bytes, of which the high ones are of another dot product
-  kHighHalfBits = 56,  // and those
+  kLevelBits = 8,   // levels as they are
+  kIndexBits = 24,  // indices of levels, above which a byte may have other bits
 };
 // Bits that a code, or what stands for it, takes of a line.
 constexpr int width_of(int bits) { return bits & 15; }
@@ -40,6 +36,12 @@ struct Parts {
   const std::uint8_t* codes[kBlockPages];
   std::ptrdiff_t ahead[kBlockPages];  // from a line of packed codes to the same of the next KV head, which a level may ask for early
   int count;
+};
+
+// Bytes that are read after the next phase, to be asked for at an even pace: in bursts they would keep each other waiting.
+struct Asking {
+  const std::uint8_t* codes;
+  std::ptrdiff_t bytes;
 };
 
 // Query rows of one KV head, ready for integer dot products.
@@ -110,7 +112,6 @@ struct Level {
   void (*exact)(const ExactTask& task);                         // attention over exact tokens
   bool (*fold)(const FoldTask& task);                           // one head of one page; false: a scale is not finite
   void (*hadamard)(float* vector, int dim);                     // unnormalised, in place
-  int (*place)(const kvf_side& side, int j);                    // where attention over pages has coordinate j
   std::int64_t (*read)(const std::uint8_t* data, std::int64_t bytes);
 };
 

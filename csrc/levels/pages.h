@@ -1,6 +1,7 @@
 // Attention of a tile of query rows over packed pages, for every level whose dot product walks code lines.
 //
-// Levels of trellis codes are unpacked first (trellis.h), a page of one KV head at a time; the dot product then reads them as they are.
+// Levels of trellis codes are unpacked first (trellis.h), a page of one KV head at a time; the dot product then reads them as they are. For
+// few rows, readers that have kStreamRows multiply as they read.
 //
 //   score[r][t] = key_scale[t] * <L_t, x_r> * row_scale[r] + <query_r, mean of t's half page>      (units of log 2)
 //   weight[r][t] = exp2(score - block peak) * value_scale[t], rounded to the 16-bit grid
@@ -46,22 +47,10 @@ Dot dot_for_quads(int quads, int rows) {
 
 template <class Simd>
 Dot dot_for(int bits, int quads, int rows) {
-  if constexpr (TrellisReader<Simd>::kIndices) {
-    if (bits == kIndexBits) return dot_for_quads<Simd, kIndexBits>(quads, rows);
-    if (bits == kPairBits) return dot_for_quads<Simd, kPairBits>(quads, rows);
-    if (bits == kLowHalfBits) return dot_for_rows<Simd, kLowHalfBits, kTokenQuads>(rows);
-    if (bits == kHighHalfBits) return dot_for_rows<Simd, kHighHalfBits, kTokenQuads>(rows);
-  } else if (bits == kLevelBits) {
-    return dot_for_quads<Simd, kLevelBits>(quads, rows);
-  }
+  if (bits == TrellisReader<Simd>::kUnpacked) return dot_for_quads<Simd, TrellisReader<Simd>::kUnpacked>(quads, rows);
   if (bits == 4) return dot_for_quads<Simd, 4>(quads, rows);
   if (bits == 3) return dot_for_quads<Simd, 3>(quads, rows);
   return dot_for_quads<Simd, 2>(quads, rows);
-}
-
-template <class Simd>
-int place(const kvf_side& side, int j) {
-  return side.trellis == nullptr ? j : TrellisReader<Simd>::place(*side.trellis, j);
 }
 
 template <class Simd>
@@ -109,29 +98,31 @@ struct LineSink {  // weights of one block in the order dot() reads
   static constexpr bool kNeedsSums = Simd::kBias != 0;
   static_assert(kBlockTokens * 2 <= kOperandRow, "a row of weights fits");
   alignas(64) std::uint8_t operand[kOperandBytes];
+  int quads;  // of a run of values that are read as streams, else 1
   void tick() {}
-  void put(int row, int token, typename Simd::Int grid) { Simd::store_quads(grid, operand + row * kOperandRow + 2 * token); }
+  void put(int row, int token, typename Simd::Int grid) {
+    std::uint8_t* at = operand + row * kOperandRow + 2 * token;
+    if constexpr (TrellisReader<Simd>::kStreamRows > 0)
+      Simd::store_runs(grid, quads, at);
+    else
+      Simd::store_quads(grid, at);
+  }
 };
 
-// Codes of one side of a page as dot() takes them: packed, or unpacked from a trellis to `levels`; and their tokens' scales. `bits` and
-// `high_bits` say what dot() reads, of even and odd groups of values.
+// Codes of one side of a page as dot() takes them: packed, or unpacked from a trellis to `levels`; and their tokens' scales. `bits` says
+// what dot() reads.
 template <class Simd>
 struct SideReader {
-  using Trellis = TrellisReader<Simd>;
-
-  SideReader(const kvf_side& side, int dim, int bias, bool keys)
-      : bits(side.trellis == nullptr ? side.bits : keys ? Trellis::key_bits(*side.trellis) : Trellis::value_bits(*side.trellis)),
-        high_bits(bits == kLowHalfBits ? kHighHalfBits : bits) {
+  SideReader(const kvf_format& format, bool keys, int bias) : SideReader(format, keys ? format.key : format.value, keys, bias) {}
+  SideReader(const kvf_format& format, const kvf_side& side, bool keys, int bias)
+      : bits(side.trellis == nullptr ? side.bits : TrellisReader<Simd>::kUnpacked) {
     if (side.trellis == nullptr) {
       Simd::fill_tables(side.levels, side.bits, bias, tables);
     } else {
-      trellis.emplace(*side.trellis, dim, bias);
+      trellis.emplace(format, keys, bias);
       Simd::fill_tables(side.trellis->levels, trellis_index_bits(*side.trellis), bias, tables);
     }
   }
-
-  // Where a group of coordinates begins.
-  std::size_t value_group(int g) const { return Layout::group_bytes(kTokenQuads, width_of(bits)) * (bits == high_bits ? g : g / 2); }
 
   const std::uint8_t* keys(const std::uint8_t* codes, const std::uint8_t* headers) {
     if (!trellis) return codes;
@@ -148,7 +139,7 @@ struct SideReader {
     load_scales<Simd>(stored, out);
   }
 
-  const int bits, high_bits;
+  const int bits;
   std::optional<TrellisReader<Simd>> trellis;
   alignas(64) std::uint8_t tables[64 * Simd::kTables];
   alignas(64) std::uint8_t levels[kPageTokens * kMaxDim];
@@ -156,10 +147,16 @@ struct SideReader {
 
 template <class Simd>
 struct PagesKernel {
+  using Trellis = TrellisReader<Simd>;
+
   explicit PagesKernel(const PagesTask& work)
-      : task(work), layout(*work.format), key(work.format->key, work.format->head_dim, Simd::kBias, true),
-        value(work.format->value, work.format->head_dim, Simd::kBias, false), block_pages(key.trellis || value.trellis ? 1 : kBlockPages) {
+      : task(work), layout(*work.format), key(*work.format, true, Simd::kBias), value(*work.format, false, Simd::kBias),
+        few(work.tile_count == 1 && work.tiles[0].rows <= Trellis::kStreamRows),
+        block_pages((key.trellis || value.trellis) && !few ? 1 : kBlockPages) {
     std::memset(&sink, 0, sizeof sink);
+    sink.quads = 1;
+    if constexpr (Trellis::kStreamRows > 0)
+      if (few && value.trellis) sink.quads = Trellis::value_quads(work.format->head_dim);
     std::memset(block.sum, 0, sizeof block.sum);  // dot() rounds the number of rows up
   }
 
@@ -168,13 +165,21 @@ struct PagesKernel {
   void score(int which, int head, const QueryTile& tile) {
     const int quads = task.format->head_dim / 4, offset = which * kPageTokens;
     const Dot dot = dot_for<Simd>(key.bits, quads, tile.rows);
-    const std::size_t group = Layout::group_bytes(quads, width_of(key.bits));
+    const std::size_t group = few ? layout.key_bytes / kTokenGroups : Layout::group_bytes(quads, width_of(key.bits));
     float bias[kMeans][kTileRows];
     mean_scores<Simd>(task, layout, rows[which], head, tile, bias);
     const int groups = Simd::groups(tile.rows);
     for (int g0 = 0; g0 < kTokenGroups; g0 += groups) {
-      ask(next_values, groups * layout.value_bytes / kTokenGroups, g0 / groups);
-      dot({{keys[which] + g0 * group}, {ahead[which]}, 1}, tile.operand, tile.sum, key.tables, ints[0]);
+      const std::uint8_t* codes = keys[which] + g0 * group;
+      if (few && key.trellis) {
+        if constexpr (Trellis::kStreamRows > 0) {
+          const Asking asking = part(keys[which], layout.key_bytes, ahead[which], g0 / groups, kTokenGroups / groups);
+          key.trellis->key_sums(tile.rows, codes, key_starts[which] + g0 * kLanes, tile.operand, tile.sum, key.tables, asking, ints[0]);
+        }
+      } else {
+        ask(next_values, groups * layout.value_bytes / kTokenGroups, g0 / groups);
+        dot({{codes}, {ahead[which]}, 1}, tile.operand, tile.sum, key.tables, ints[0]);
+      }
       for (int i = 0; i < groups; ++i)
         for (int l = 0; l < kLanes; l += Simd::kWidth) {
           const int token = (g0 + i) * kLanes + l;
@@ -188,20 +193,44 @@ struct PagesKernel {
   }
 
   void gather(int pages, TileState& state, int count) {
-    const Dot dots[2] = {dot_for<Simd>(value.bits, kTokenQuads, count), dot_for<Simd>(value.high_bits, kTokenQuads, count)};
+    const Dot dot = dot_for<Simd>(value.bits, kTokenQuads, count);
+    const std::size_t group = Layout::group_bytes(kTokenQuads, width_of(value.bits));
     const int groups = Simd::groups(count);
     for (int g0 = 0; g0 < task.format->head_dim / kLanes; g0 += groups) {
       ask(next_keys, groups * layout.key_bytes / (layout.dim / kLanes), g0 / groups);
       Parts parts = {{}, {ahead[0], ahead[1]}, pages};
-      for (int p = 0; p < pages; ++p) parts.codes[p] = values[p] + value.value_group(g0);
-      dots[g0 % 2](parts, sink.operand, block.sum, value.tables, ints[0]);
-      for (int i = 0; i < groups; ++i)
-        for (int r = 0; r < count; ++r)
-          for (int l = 0; l < kLanes; l += Simd::kWidth) {
-            float* out = state.output[r] + (g0 + i) * kLanes + l;
-            Simd::store(out, Simd::fma(Simd::load_int32(ints[i] + r * kLanes + l), Simd::set(block.scale[r]), Simd::load(out)));
-          }
+      for (int p = 0; p < pages; ++p) parts.codes[p] = values[p] + g0 * group;
+      dot(parts, sink.operand, block.sum, value.tables, ints[0]);
+      add_outputs(g0, groups, state, count);
     }
+  }
+
+  // The same from streams.
+  void gather_streams(int pages, TileState& state, int count) {
+    const int groups = sink.quads == 1 ? 2 : 1, steps = task.format->head_dim / kLanes / groups;
+    const Parts parts = {{values[0], values[1]}, {}, pages};
+    const std::uint8_t* const before[kBlockPages] = {value_before[0], value_before[1]};
+    for (int i = 0; i < steps; ++i) {
+      Asking asking[kBlockPages];
+      for (int p = 0; p < pages; ++p) asking[p] = part(values[p], layout.value_bytes, ahead[p], i, steps);
+      value.trellis->value_sums(count, i, parts, before, sink.operand, block.sum, value.tables, asking, ints[0]);
+      add_outputs(i * groups, groups, state, count);
+    }
+  }
+
+  void add_outputs(int first, int groups, TileState& state, int count) {
+    for (int i = 0; i < groups; ++i)
+      for (int r = 0; r < count; ++r)
+        for (int l = 0; l < kLanes; l += Simd::kWidth) {
+          float* out = state.output[r] + (first + i) * kLanes + l;
+          Simd::store(out, Simd::fma(Simd::load_int32(ints[i] + r * kLanes + l), Simd::set(block.scale[r]), Simd::load(out)));
+        }
+  }
+
+  // What the next KV head has in place of `bytes` bytes, part i of several.
+  static Asking part(const std::uint8_t* codes, std::size_t bytes, std::ptrdiff_t to_next, int i, int parts) {
+    bytes /= parts;
+    return {codes + to_next + i * bytes, static_cast<std::ptrdiff_t>(bytes)};
   }
 
   // Asks for a part of the codes that are unpacked next. Unpacking reads them in less time than memory takes; the dot products before it
@@ -223,7 +252,7 @@ struct PagesKernel {
       if (task.tile_count == 1) ask_for_scales(page(later), head);
     }
     next_keys = next_values = nullptr;
-    if (task.tile_count > 1) return;
+    if (task.tile_count > 1 || few) return;
     if (value.trellis) next_values = page(index) + layout.value_codes(task.first_head + h);
     const bool same_page = h + 1 < task.head_count;
     if (!key.trellis || (!same_page && index + 1 == task.count)) return;
@@ -240,14 +269,19 @@ struct PagesKernel {
 
   void open_keys(int which, std::int64_t index, int head) {
     const std::uint8_t* now = rows[which] = page(index);
-    keys[which] = key.keys(now + layout.key_codes(head), now + layout.key_scales(head));
+    const std::uint8_t *codes = now + layout.key_codes(head), *headers = now + layout.key_scales(head);
+    if constexpr (Trellis::kStreamRows > 0)
+      if (few && key.trellis) key.trellis->open_keys(headers, key_starts[which]);
+    keys[which] = few ? codes : key.keys(codes, headers);
     key.scales(now + layout.key_scales(head), now + layout.key_unit(head), key_scales[which]);
   }
 
   // A single tile is done with the keys by then: their buffer is still in the first level cache.
   void open_values(int which, int head) {
-    std::uint8_t* buffer = task.tile_count == 1 ? key.levels : value.levels;
-    values[which] = value.values(rows[which] + layout.value_codes(head), rows[which] + layout.value_scales(head), buffer);
+    const std::uint8_t *codes = rows[which] + layout.value_codes(head), *headers = rows[which] + layout.value_scales(head);
+    if constexpr (Trellis::kStreamRows > 0)
+      if (few && value.trellis) value.trellis->open_values(codes, headers, value_before[which]);
+    values[which] = few ? codes : value.values(codes, headers, task.tile_count == 1 ? key.levels : value.levels);
   }
 
   void attend_tile(std::int64_t first, int pages, int head, const QueryTile& tile, TileState& state) {
@@ -258,6 +292,8 @@ struct PagesKernel {
     softmax<Simd>(block, pages, tile.rows, task.format->head_dim, state, sink);
     if (task.tile_count == 1)
       for (int p = 0; p < pages; ++p) open_values(p, head);
+    if constexpr (Trellis::kStreamRows > 0)
+      if (few && value.trellis) return gather_streams(pages, state, tile.rows);
     gather(pages, state, tile.rows);
   }
 
@@ -278,12 +314,15 @@ struct PagesKernel {
   const PagesTask& task;
   const Layout layout;
   SideReader<Simd> key, value;
+  const bool few;  // rows, for streams to be multiplied as they are read
   const int block_pages;
   const std::uint8_t *next_keys = nullptr, *next_values = nullptr;
   std::ptrdiff_t ahead[kBlockPages] = {};
   const std::uint8_t *rows[kBlockPages], *keys[kBlockPages], *values[kBlockPages];
   alignas(64) float key_scales[kBlockPages][kPageTokens];
   alignas(64) std::int32_t ints[kDotGroups][kTileRows * kLanes];
+  alignas(64) std::uint8_t key_starts[kBlockPages][kPageTokens];
+  alignas(64) std::uint8_t value_before[kBlockPages][kTokenQuads * 64];
   ScoreBlock block;
   LineSink<Simd> sink;
 };

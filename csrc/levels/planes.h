@@ -52,15 +52,8 @@ KVF_INLINE void walk(const std::uint8_t* src, int part, const Visit& visit) {
         });
       }
     }
-  } else if constexpr (Bits == kPairBits) {
-    for (int s = 0; s < Quads / 2; ++s) {
-      const auto raw = Simd::load_codes(mine + 64 * s);
-      const int quad = s / 4 * 8 + s % 4;
-      visit(quad, raw);
-      visit(quad + 4, Simd::template shift<4>(raw));
-    }
   } else if constexpr (Bits >= kLevelBits) {
-    for (int s = 0; s < Quads; ++s) visit(s, Simd::template shift<Bits == kHighHalfBits ? 4 : 0>(Simd::load_codes(mine + 64 * s)));
+    for (int s = 0; s < Quads; ++s) visit(s, Simd::load_codes(mine + 64 * s));
   } else {
     constexpr int kLines = Quads * Bits / 8;
     for (int s = 0; s < kLines; ++s) {

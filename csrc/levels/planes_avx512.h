@@ -53,11 +53,11 @@ struct Lines {
 
 // Calls visit(quad, indices, table) for each quad of Span groups, whose first lines are at src and which lie as format.h has them;
 // `table` is a constant. ask(line) is called for each line of packed codes, in the order of addresses: hardware prefetchers follow
-// what it prefetches, at the pace of the walk. Of kLowHalfBits, two groups are those of both halves.
+// what it prefetches, at the pace of the walk.
 template <int Bits, int Quads, int Span, class Ask, class Visit>
 KVF_INLINE void walk_groups(const std::uint8_t* src, const Ask& ask, const Visit& visit) {
   using L = Lines<Span>;
-  [[maybe_unused]] constexpr bool kPacked = Bits < kLevelBits, kHalves = Bits == kLowHalfBits && Span == 2;
+  [[maybe_unused]] constexpr bool kPacked = Bits < kLevelBits;
   [[maybe_unused]] constexpr int kGroup = 8 * Quads * width_of(Bits);
   // turn: how many calls came before.
   [[maybe_unused]] const auto load = [=](int line, int turn) KVF_INLINE_LAMBDA {
@@ -105,20 +105,6 @@ KVF_INLINE void walk_groups(const std::uint8_t* src, const Ask& ask, const Visit
       visit(s, raw, constant<0>);
       visit(s + kLines, right(raw, constant<4>), constant<0>);
     }
-  } else if constexpr (Bits == kPairBits) {
-    for (int s = 0; s < Quads / 2; ++s) {
-      const L raw = load(s, s);
-      const int quad = s / 4 * 8 + s % 4;
-      visit(quad, raw, constant<0>);
-      visit(quad + 4, right(raw, constant<4>), constant<0>);
-    }
-  } else if constexpr (kHalves) {
-    for (int s = 0; s < Quads; ++s) {
-      const __m512i raw = _mm512_loadu_si512(src + 64 * s);
-      visit(s, L{{raw, _mm512_srli_epi16(raw, 4)}}, constant<0>);
-    }
-  } else if constexpr (Bits == kHighHalfBits) {
-    for (int s = 0; s < Quads; ++s) visit(s, right(load(s, s), constant<4>), constant<0>);
   } else {
     for (int s = 0; s < Quads; ++s) visit(s, load(s, s), constant<0>);
   }

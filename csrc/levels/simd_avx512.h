@@ -195,14 +195,18 @@ struct SimdAvx512 : PlacedTables {
       operand[4 + i] = static_cast<std::uint8_t>(grid[i]);
     }
   }
-  static void store_quads(Int grid, std::uint8_t* operand) {
+  static void store_quads(Int grid, std::uint8_t* operand) { store_runs(grid, 1, operand); }
+  // High bytes of `quads` quads, one, two or four, then their low bytes, and so on.
+  static void store_runs(Int grid, int quads, std::uint8_t* operand) {
     const Int high = _mm512_add_epi32(grid, _mm512_set1_epi32(128));  // its second byte
     const Int both = _mm512_mask_blend_epi8(0x2222222222222222ull, grid, high);
-    const __m512i packed = _mm512_permutexvar_epi8(_mm512_load_si512(kQuads), both);
+    const __m512i packed = _mm512_permutexvar_epi8(_mm512_load_si512(kRuns[quads / 2]), both);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(operand), _mm512_castsi512_si256(packed));
   }
-  alignas(64) static constexpr std::uint8_t kQuads[64] = {1,  5,  9,  13, 0,  4,  8,  12, 17, 21, 25, 29, 16, 20, 24, 28,
-                                                          33, 37, 41, 45, 32, 36, 40, 44, 49, 53, 57, 61, 48, 52, 56, 60};
+  alignas(64) static constexpr std::uint8_t kRuns[3][64] = {
+      {1, 5, 9, 13, 0, 4, 8, 12, 17, 21, 25, 29, 16, 20, 24, 28, 33, 37, 41, 45, 32, 36, 40, 44, 49, 53, 57, 61, 48, 52, 56, 60},
+      {1, 5, 9, 13, 17, 21, 25, 29, 0, 4, 8, 12, 16, 20, 24, 28, 33, 37, 41, 45, 49, 53, 57, 61, 32, 36, 40, 44, 48, 52, 56, 60},
+      {1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61, 0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60}};
 
   // With few rows two groups go side by side: a processor that starts two products a cycle and ends one in five keeps ten sums busy, and
   // the rows' numbers are fetched once for both.
@@ -241,13 +245,9 @@ struct SimdAvx512 : PlacedTables {
     });
   }
 
- private:
-  template <int High>
-  static Float unpack_pairs(Float a, Float b) {
-    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-    return _mm512_castpd_ps(High == 0 ? _mm512_unpacklo_pd(x, y) : _mm512_unpackhi_pd(x, y));
-  }
-  static __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  // sum += levels x signed bytes. Not the intrinsic: GCC gives its result another type, and copies every sum twice at each turn of a loop.
+  static KVF_INLINE void add_products(Int& sum, Int level, Int x) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(level), "v"(x)); }
+
   // sums[g * Rows] += levels of group g x the four signed bytes at p. Of one group as one instruction, which compilers make two of: half as
   // many in flight reach further.
   template <int Groups, int Rows>
@@ -259,9 +259,17 @@ struct SimdAvx512 : PlacedTables {
       std::int32_t word;
       std::memcpy(&word, p, sizeof word);
       const Int x = _mm512_set1_epi32(word);
-      unroll<Groups>([&](auto g) KVF_INLINE_LAMBDA { sums[g * Rows] = _mm512_dpbusd_epi32(sums[g * Rows], level.of[g], x); });
+      unroll<Groups>([&](auto g) KVF_INLINE_LAMBDA { add_products(sums[g * Rows], level.of[g], x); });
     }
   }
+
+ private:
+  template <int High>
+  static Float unpack_pairs(Float a, Float b) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(High == 0 ? _mm512_unpacklo_pd(x, y) : _mm512_unpackhi_pd(x, y));
+  }
+  static __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 };
 
 }  // namespace

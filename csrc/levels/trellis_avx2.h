@@ -1,7 +1,6 @@
-// Trellis codes with AVX2: 32 tokens at a time, see trellis_planes.h.
+// Trellis codes with AVX2: half a line at a time, see trellis_planes.h.
 //
-// Planes hold tokens so that each 32 bits are four that follow each other; the quads of the lower 128 bits are 0 2 4 6, those of the
-// upper 1 3 5 7. A shuffle answers zero where bit 7 of its index is set, which selects between two tables of sixteen: an index has
+// A shuffle answers zero where bit 7 of its index is set, which selects between two tables of sixteen: an index has
 // its fifth bit there. Of 64 levels the lower half mirrors the upper: an index is then the place in one half and a sign in bit 6.
 #ifndef KVFOLD_TRELLIS_AVX2_H
 #define KVFOLD_TRELLIS_AVX2_H
@@ -15,7 +14,7 @@ namespace kvfold {
 namespace {
 
 struct PlanesAvx2 {
-  static constexpr int kTokens = 32;
+  static constexpr int kBytes = 32;
   using Reg = __m256i;
 
   // The form in which Lookup takes an index of that many bits. It is affine over bits.
@@ -35,15 +34,18 @@ struct PlanesAvx2 {
       for (int i = 0; i < 2; ++i) table[i] = broadcast(bytes[i]);
     }
 
-    template <int Bits>
-    Reg levels(Reg index) const {
-      const Reg low = _mm256_shuffle_epi8(table[0], index);
-      if constexpr (Bits <= 4) return low;
-      const Reg high = _mm256_shuffle_epi8(table[1], _mm256_xor_si256(index, _mm256_set1_epi8(static_cast<char>(0x80))));
-      const Reg both = _mm256_or_si256(low, high);
-      if constexpr (Bits == 5) return both;
+    // Four registers of indices -> levels.
+    KVF_INLINE void levels(Reg* four, int bits) const {
+      if (bits == 4) return unroll<4>([&](auto i) KVF_INLINE_LAMBDA { four[i] = _mm256_shuffle_epi8(table[0], four[i]); });
+      if (bits == 5) return unroll<4>([&](auto i) KVF_INLINE_LAMBDA { four[i] = of_32(four[i]); });
       // Doubled, the index has its sign in bit 7, and bit 6 so that it is never zero.
-      return _mm256_add_epi8(bias, _mm256_sign_epi8(both, _mm256_add_epi8(index, index)));
+      unroll<4>([&](auto i) KVF_INLINE_LAMBDA {
+        four[i] = _mm256_add_epi8(bias, _mm256_sign_epi8(of_32(four[i]), _mm256_add_epi8(four[i], four[i])));
+      });
+    }
+    KVF_INLINE Reg of_32(Reg index) const {
+      const Reg other = _mm256_xor_si256(index, _mm256_set1_epi8(static_cast<char>(0x80)));
+      return _mm256_or_si256(_mm256_shuffle_epi8(table[0], index), _mm256_shuffle_epi8(table[1], other));
     }
 
     Reg table[2], bias;
@@ -58,62 +60,24 @@ struct PlanesAvx2 {
     nibbles[1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
   }
 
-  // The byte before a stream: its start state.
-  static Reg starts(const std::uint8_t* headers, const std::uint8_t* table) {
-    const Reg order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-    const Reg bytes = _mm256_permutevar8x32_epi32(load_256(headers), order);
-    return find(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 6), _mm256_set1_epi8(3)));
-  }
+  static Reg top_two(Reg bytes) { return _mm256_and_si256(_mm256_srli_epi16(bytes, 6), _mm256_set1_epi8(3)); }
 
-  // One line of two groups -> the four bytes of its words.
-  static void load(const std::uint8_t* line, std::size_t group, Reg* planes) {
-    SimdAvx2<Avx2Dot>::prefetch_codes(line);
-    SimdAvx2<Avx2Dot>::prefetch_codes(line + group);
-    const Reg order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const Reg words[4] = {
-        _mm256_shuffle_epi8(load_256(line), order),
-        _mm256_shuffle_epi8(load_256(line + 32), order),
-        _mm256_shuffle_epi8(load_256(line + group), order),
-        _mm256_shuffle_epi8(load_256(line + group + 32), order),
-    };
-    turn(words, planes);
-  }
+  // Words 0 2, and 1 3, of both in every 128 bits.
+  static Reg evens(Reg a, Reg b) { return pick<0x88>(a, b); }
+  static Reg odds(Reg a, Reg b) { return pick<0xDD>(a, b); }
 
-  // Four coordinates -> a line of keys of two groups.
-  static void store_keys(const Reg* four, std::uint8_t* out, std::size_t group) {
-    const Reg a = _mm256_unpacklo_epi8(four[0], four[1]), b = _mm256_unpacklo_epi8(four[2], four[3]);
-    const Reg c = _mm256_unpackhi_epi8(four[0], four[1]), d = _mm256_unpackhi_epi8(four[2], four[3]);
-    store_256(out, _mm256_unpacklo_epi16(a, b));
-    store_256(out + 32, _mm256_unpackhi_epi16(a, b));
-    store_256(out + group, _mm256_unpacklo_epi16(c, d));
-    store_256(out + group + 32, _mm256_unpackhi_epi16(c, d));
-  }
-
-  // Four coordinates -> a quarter of eight lines of values.
-  static void store_values(const Reg* four, std::uint8_t* out) {
-    Reg quads[4];
-    turn(four, quads);
-    for (int i = 0; i < 4; ++i) {
-      _mm_store_si128(reinterpret_cast<__m128i*>(out + 128 * i), _mm256_castsi256_si128(quads[i]));
-      _mm_store_si128(reinterpret_cast<__m128i*>(out + 128 * i + 64), _mm256_extracti128_si256(quads[i], 1));
-    }
-  }
+  static Reg load(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store(std::uint8_t* p, Reg a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+  static KVF_INLINE void prefetch_codes(const std::uint8_t* p) { SimdAvx2<Avx2Dot>::prefetch_codes(p); }
 
  private:
-  // Transposes 4 x 4 words of 32 bits in either half.
-  static void turn(const Reg* in, Reg* out) {
-    const Reg a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpacklo_epi32(in[2], in[3]);
-    const Reg c = _mm256_unpackhi_epi32(in[0], in[1]), d = _mm256_unpackhi_epi32(in[2], in[3]);
-    out[0] = _mm256_unpacklo_epi64(a, b);
-    out[1] = _mm256_unpackhi_epi64(a, b);
-    out[2] = _mm256_unpacklo_epi64(c, d);
-    out[3] = _mm256_unpackhi_epi64(c, d);
+  template <int Words>
+  static Reg pick(Reg a, Reg b) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), Words));
   }
   static Reg broadcast(const std::uint8_t* bytes) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
   }
-  static Reg load_256(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static void store_256(std::uint8_t* p, Reg a) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), a); }
 };
 
 template <class Dot>

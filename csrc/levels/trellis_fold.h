@@ -63,28 +63,37 @@ void tree_rows(int dim, float* sum, const Term& term) {
   std::memcpy(sum, part[0], sizeof part[0]);
 }
 
-// Words of the streams of tokens first .. first + kCount - 1.
+// Streams of tokens first .. first + kCount - 1.
 template <int kCount>
-void pack_rows(const std::uint8_t (*symbols)[kCount], int dim, const kvf_trellis_reader& code, int first, std::uint8_t* out) {
-  const std::size_t words = stream_words(code, dim);
-  alignas(64) std::uint32_t word[kCount] = {}, entered[kCount];
-  int held = 0;
-  std::size_t n = 0;
+void pack_rows(const std::uint8_t (*symbols)[kCount], int dim, const kvf_trellis_reader& code, bool keys, int first, std::uint8_t* out) {
+  alignas(64) std::uint8_t bytes[kMaxStream][kCount];
+  alignas(64) std::uint32_t bits[kCount] = {};
+  int held = 0, n = 0;
   for (int j = 0; j < dim; ++j) {
     const int width = code.widths[j % 2];
     each_lane<kCount>([&](int v) {  // entering(), on all lanes
       const std::uint32_t s = symbols[j][v];
-      entered[v] = ((s & 1) << 3 | (s & 2) << 1 | (s & 4) >> 1 | s >> 3) >> (4 - width);
-      word[v] |= entered[v] << held;
+      bits[v] |= ((s & 1) << 3 | (s & 2) << 1 | (s & 4) >> 1 | s >> 3) >> (4 - width) << held;
     });
     held += width;
-    if (held < 32) continue;
-    held -= 32;
-    for (int v = 0; v < kCount; v += kCount < kLanes ? kCount : kLanes)
-      std::memcpy(out + word_offset(words, first + v, n), word + v, sizeof word[0] * (kCount < kLanes ? kCount : kLanes));
+    if (held < 8) continue;
+    held -= 8;
+    each_lane<kCount>([&](int v) {
+      bytes[n][v] = static_cast<std::uint8_t>(bits[v]);
+      bits[v] >>= 8;
+    });
     ++n;
-    each_lane<kCount>([&](int v) { word[v] = entered[v] >> (width - held); });
   }
+  const StreamOrder order(code, dim, keys);
+  for (int segment = 0; segment < order.segments; segment += keys ? 4 : 1)
+    for (int c = 0; c < order.bytes; ++c) {
+      const std::uint8_t(*byte)[kCount] = bytes + segment * order.bytes + c;
+      for (int v = 0; v < kCount; v += keys ? 1 : 4) {
+        std::uint8_t word[4];
+        for (int i = 0; i < 4; ++i) word[i] = keys ? byte[i * order.bytes][v] : byte[0][v + i];
+        std::memcpy(out + order.first(first + v) + order.offset(segment, c), word, sizeof word);
+      }
+    }
 }
 
 // Vectors of one block on their way: u, the inputs made of it, and a path with what it is worth.
@@ -176,7 +185,7 @@ bool encode_rows(const TrellisFold& task, const Paths& paths, int first, float* 
     for (int s = 0; s < block.best.starts[v]; ++s) number = static_cast<std::uint8_t>(number + (paths.code.starts >> s & 1));
     starts[first + v] = number;
   }
-  pack_rows<kCount>(block.best.symbols, task.dim, *task.side->trellis, first, task.codes);
+  pack_rows<kCount>(block.best.symbols, task.dim, *task.side->trellis, task.keys, first, task.codes);
   return true;
 }
 
