@@ -39,7 +39,7 @@ def outputs(name: str, hand: bool):
         SPEC, LayerShape(1, HEADS, DIM, 4), torch.float32, torch.device("cpu")
     )
     pages = torch.zeros(61, 1, engine.page_bytes, dtype=torch.uint8)
-    layer = PooledLayer(engine, Pools(pages, torch.full((601, HEADS, 16, 2 * DIM), float("nan"))))
+    layer = PooledLayer(engine, Pools(pages, torch.full((601, HEADS, 16, 2 * DIM), float("nan"))), 1)
     tables = Model(GEOMETRY)
     rng = torch.Generator().manual_seed(0)
     for new in CALLS:
