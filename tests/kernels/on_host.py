@@ -32,14 +32,16 @@ def memory(address: int, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.from_numpy(raw).view(dtype).view(shape)
 
 
-def compiled(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+def compiled(source: Path, *flags: str) -> ctypes.CDLL:
+    """A library of kernels' sources; later flags win."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler is installed")
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "enter.so")
+        target = Path(folder, "kernels.so")
         options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", *flags]
-        subprocess.run([compiler, *options, SOURCE, "-o", target], check=True, capture_output=True)
+        done = subprocess.run([compiler, *options, source, "-o", target], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
         return ctypes.CDLL(str(target))
 
 
@@ -47,7 +49,7 @@ class Kernels:
     """In the place of the driver. launched: names of the kernels, in order."""
 
     def __init__(self) -> None:
-        self.library = compiled()
+        self.library = compiled(SOURCE)
         assert self.library.enter_bytes() == ctypes.sizeof(EnterArgs)
         self.launched: list[str] = []
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from on_host import compiled
 
 from kvfold.config import CacheSpec, SideSpec
 from kvfold.engine.cuda import driver
@@ -41,26 +39,14 @@ CASES = [
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def compiler() -> str:
-    found = shutil.which(os.environ.get("CXX", "g++"))
-    if found is None:
-        pytest.skip("no C++ compiler is installed")
-    return found
-
-
-def build(compiler: str, variant: tuple[int, ...], folder: Path) -> ctypes.CDLL:
+def build(variant: tuple[int, ...], folder: Path) -> ctypes.CDLL:
     words = (driver.SOURCES / "ptx.cuh").read_text().replace("#pragma once\n", "")
     text = driver.source("merge.cuh")
     assert words in text
     chosen = f"using Chosen = Cfg<{', '.join(map(str, variant))}>;\n"
     program = folder / "chunk.cpp"
     program.write_text(text.replace(words, '#include "warp.h"\n') + chosen + (HERE / "chunk_on_host.cpp").read_text())
-    library = folder / "chunk.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread", f"-I{HERE}"]
-    done = subprocess.run([compiler, *flags, program, "-o", library], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return ctypes.CDLL(str(library))
+    return compiled(program, "-std=c++20", "-ffp-contract=off", "-w", "-pthread", f"-I{HERE}")
 
 
 @pytest.mark.parametrize(("key", "value", "dim", "groups", "centre"), CASES)
@@ -70,7 +56,6 @@ def test_half_a_page(
     dim: int,
     groups: int,
     centre: bool,
-    compiler: str,
     tmp_path: Path,
 ) -> None:
     """Scores, and outputs of tokens that are shown, against float64 over what the same pages unfold to."""
@@ -87,7 +72,7 @@ def test_half_a_page(
     formats = (format_of(*key), format_of(*value))
     fragments = Fragments(plain.layout, *formats)
     page = fragments.from_canonical(rows)[0].numpy()
-    library = build(compiler, (dim, *formats, int(centre), groups, 8, 2, 1, 0, 0), tmp_path)
+    library = build((dim, *formats, int(centre), groups, 8, 2, 1, 0, 0), tmp_path)
     turn_k, turn_v = (matrix("hadamard", dim, stream(spec.seed, LAYER, 0, side)) for side in (0, 1))
     q = torch.randn(4 * groups, dim, generator=g).numpy()
     rotated = np.ascontiguousarray((q @ turn_k.T).astype(np.float32))

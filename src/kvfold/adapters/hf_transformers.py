@@ -107,10 +107,8 @@ class FoldedCache(Cache):
             elif type(layer) not in STOCK_LAYERS:
                 raise Unsupported(f"layer {i} has the unknown cache kind {type(layer).__name__}", "Use the stock cache")
         self.backend, self._softmax = backend, variant_of(text.to_dict(), slides=True)
-        # Models that attend by themselves make masks of their own, too.
-        self._windows = (
-            {} if variant.expanded else windows_of(text, layers)
-        )  # until the first call decides whether they fold
+        # Until the first call decides whether they fold. Models that attend by themselves make masks of their own, too.
+        self._windows = {} if variant.expanded else windows_of(text, layers)
         self._last_readers = last_readers(text)
         super().__init__(layers=layers)
         self._share()

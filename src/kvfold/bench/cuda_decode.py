@@ -53,9 +53,9 @@ class Shape:
 
 def side_spec(letter: str, scale: str, search: int) -> SideSpec:
     codec, bits = CODECS[letter]
-    return SideSpec(
-        codec, bits, scale, search=1 if codec in TRELLIS_CODECS else search
-    )  # a trellis code searches paths
+    if codec in TRELLIS_CODECS:
+        search = 1  # of paths
+    return SideSpec(codec, bits, scale, search=search)
 
 
 def engine(key: str, value: str, shape: Shape, bulk: bool | None = None, search: int = 1) -> CudaEngine:

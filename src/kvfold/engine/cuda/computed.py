@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from kvfold.codebook.trellis import STATE_BITS
+from kvfold.engine.cuda.streams import HALF_TOKENS, LANES, as_int32
 
-HALF_TOKENS = 64
-LANES = 32
 START_BYTES = 64  # behind 64 bytes of scales: the words of the steps before the first
 FIELDS = {2: 4, 3: 2}  # of a byte, by their bits
 SPACING = {2: 2, 3: 4}  # bits from one to the next
@@ -63,7 +62,7 @@ def pack_words(symbols: Tensor, width: int, value: bool) -> Tensor:
         planes = words[..., 3:, :] >> torch.arange(3, device=words.device)[:, None] & 0x11111111
         words = (words[..., :3, :] | planes << 3).flatten(-3, -2)
     words = words.unflatten(-2, (-1, 4)).transpose(-2, -1)  # [..., piece, lane, word]
-    return _signed(words).flatten(-3).view(torch.uint8).view(*lead, -1)
+    return as_int32(words).flatten(-3).view(torch.uint8).view(*lead, -1)
 
 
 def unpack_words(packed: Tensor, dim: int, width: int, value: bool) -> Tensor:
@@ -90,7 +89,7 @@ def pack_starts(states: Tensor, width: int, value: bool) -> Tensor:
     symbols = states.long()[..., None, tokens] >> back & (1 << width) - 1
     words = (symbols << _shifts(width, states.device)).sum((-2, -1))  # [..., link, run, row]
     words = words.flatten(-3, -2).transpose(-2, -1)  # [..., row, link and run]
-    data = _signed(words).view(torch.uint8) if value else (words & 255).to(torch.uint8)
+    data = as_int32(words).view(torch.uint8) if value else (words & 255).to(torch.uint8)
     out = torch.zeros(
         *states.shape[:-1], len(lanes), START_BYTES // len(lanes), dtype=torch.uint8, device=states.device
     )
@@ -114,7 +113,3 @@ def unpack_starts(packed: Tensor, width: int, value: bool) -> Tensor:
     out = torch.empty(*packed.shape[:-1], HALF_TOKENS, dtype=torch.uint8, device=packed.device)
     out[..., tokens.flatten()] = states.flatten(-4).to(torch.uint8)
     return out
-
-
-def _signed(words: Tensor) -> Tensor:
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()

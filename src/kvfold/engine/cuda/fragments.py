@@ -19,7 +19,7 @@ from torch import Tensor
 from kvfold.codebook.trellis import STATES, Code, code
 from kvfold.config import TRELLIS_CODECS
 from kvfold.engine.cuda.computed import START_BYTES, pack_starts, pack_words, unpack_starts, unpack_words
-from kvfold.engine.cuda.streams import HALF_TOKENS, LANES, pack_streams, unpack_streams
+from kvfold.engine.cuda.streams import HALF_TOKENS, LANES, as_int32, pack_streams, unpack_streams
 from kvfold.packing.layout import PageLayout
 from kvfold.packing.on_torch import PageCodec
 
@@ -119,8 +119,7 @@ def pack_half(codes: Tensor, fmt: int, value: bool) -> Tensor:
     c = codes.reshape(*lead, HALF_TOKENS * dim)[..., index(dim, fmt, value).to(codes.device)]
     w = to_words(c.view(*lead, dim // 16, LANES, GROUP), fmt).transpose(-3, -2)
     w = w.reshape(*lead, LANES, dim * bits_of(fmt) // 64, 4).transpose(-3, -2)  # [piece][lane][4 words]
-    w = torch.where(w >= 1 << 31, w - (1 << 32), w).to(torch.int32).contiguous()
-    return w.flatten(-3).view(torch.uint8)
+    return as_int32(w).flatten(-3).view(torch.uint8)
 
 
 def unpack_half(packed: Tensor, dim: int, fmt: int, value: bool) -> Tensor:

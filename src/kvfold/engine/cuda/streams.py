@@ -63,6 +63,11 @@ def unpack_streams(packed: Tensor, dim: int, book: Code, value: bool) -> Tensor:
     return out.unflatten(-1, (HALF_TOKENS, dim)).view(*lead, HALF_TOKENS, dim)
 
 
+def as_int32(words: Tensor) -> Tensor:
+    """Words of 32 bits in int64, as contiguous int32 of the same bits."""
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
+
+
 def level_pairs(bits: float, device: torch.device) -> Tensor:
     """uint8 [2^(6 + bits of two symbols), 2]: both levels + ZERO of every window of two steps."""
     book = code(bits)

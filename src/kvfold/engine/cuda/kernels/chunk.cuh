@@ -125,10 +125,7 @@ template <class C> DI void computed_key_products(int (&acc)[C::NG][4][4], u32 ba
 #pragma unroll
   for (int u = 0; u < C::KT; u++) {
     u32 x[R::RUNS][2], y[R::RUNS][2];
-#pragma unroll
-    for (int run = 0; run < R::RUNS; run++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) words.fields(run, 2 * u + h, x[run][h], y[run][h]);
+    words.fields_of_two(u, x, y);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int p = i / R::FIELDS, j = i % R::FIELDS; const u32 mask = R::K == 2 ? (j == 3 ? ~0u : 0x01010101u * ((4u << 2 * j) - 1)) : R::MASK << 4 * j;
@@ -232,10 +229,7 @@ template <class C> DI void computed_value_products(State<C>& s, Ring<C>& ring, u
 #pragma unroll
   for (int i = 0; i < C::MT; i++) {
     int c[C::NG][4] = {}; u32 x[R::RUNS][2], y[R::RUNS][2];
-#pragma unroll
-    for (int run = 0; run < R::RUNS; run++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) words.fields(run, 2 * i + h, x[run][h], y[run][h]);
+    words.fields_of_two(i, x, y);
 #pragma unroll
     for (int f = 0; f < 2; f++) {
       const int run = R::RUNS == 2 ? f : 0, down = R::RUNS == 2 ? 0 : 4 * f, next = R::K == 2 ? 2 : 4;
@@ -278,7 +272,7 @@ template <class C> DI void chunk_scores(float (&x)[C::NG][8], const State<C>& s,
   for (int n = 0; n < C::NG; n++)
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const int up = C::KF == 1 || C::KF == 24 ? i & 6 : C::KF == 26 ? 2 * (i & 2) : 0;  // bits that a field of tile i / 2 stands higher
+      const int up = C::KF == 1 || C::KF == COMPUTED_2 ? i & 6 : C::KF == COMPUTED_3 ? 2 * (i & 2) : 0;  // bits that a field of tile i / 2 stands higher
       float k = f8[i] * (1.f / (1 << up));
       x[n][i] = fmaf((float)(acc[n][i >> 1][(i & 1) * 2] * 256 + acc[n][i >> 1][(i & 1) * 2 + 1]), k, off[n]);
     }
@@ -308,7 +302,7 @@ template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u
   }
   const u32 base = ring.wait();
   if constexpr (is_computed(C::VF)) {
-    u32 px[C::NG][2][2], py[C::NG][2][2]; float vm = 1e-7f, y8[8]; const float up = C::VF == 24 ? 4.f : 16.f, down = g & 4 ? 1.f / up : 1.f;
+    u32 px[C::NG][2][2], py[C::NG][2][2]; float vm = 1e-7f, y8[8]; const float up = C::VF == COMPUTED_2 ? 4.f : 16.f, down = g & 4 ? 1.f / up : 1.f;
     computed_scales<false>(f8, lds2(base + C::Reg::V_CODES + g * 8), g);
 #pragma unroll
     for (int i = 0; i < 8; i++) { f8[i] *= down; vm = fmaxf(vm, f8[i]); }

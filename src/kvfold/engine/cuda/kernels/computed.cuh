@@ -14,6 +14,8 @@ template <int K> constexpr int SYMBOLS = 1 + (REGISTER + K - 1) / K;            
 // The parities of codebook/trellis.toml, of whole words; symbol[i]: of the step i before.
 template <int K> DI u32 field_x(const u32 (&symbol)[SYMBOLS<K>]) { return symbol[0] ^ symbol[1] ^ symbol[SYMBOLS<K> - 1]; }
 template <int K> DI u32 field_y(const u32 (&symbol)[SYMBOLS<K>]) { return symbol[1] ^ (K == 2 ? symbol[2] << 1 & 0xaaaaaaaau : symbol[1] << 2 & 0x44444444u); }
+
+// The fourth of four words, out of the spare bits of the three that are stored. decode<3> has the same in place: called there, ptxas makes other code of it.
 DI u32 fourth(u32 a, u32 b, u32 c) { return (a >> 3 & 0x11111111u) | (b >> 2 & 0x22222222u) | (c >> 1 & 0x44444444u); }
 
 // One side's words of a half page. RUNS: words of a step; STEPS of a run; FIELDS of a byte; HELD words.
@@ -25,6 +27,11 @@ template <int K_, int D_, int V_> struct Words {
 #pragma unroll
     for (int i = 0; i < HELD / 4; i++) { const uint4 v = lds4(base + i * 512 + lane * 16); w[4 * i] = v.x; w[4 * i + 1] = v.y; w[4 * i + 2] = v.z; w[4 * i + 3] = v.w; }
   }
+  // Of the field at bits 8 b + (8 / FIELDS) j of a word of lane 4g + t: the token, inside the half page, and the coordinate at step s.
+  static DI int token(int run, int b, int j, int g, int t) {
+    return V ? 8 * (4 * (K == 2 ? j >> 1 : run) + b) + t + 4 * (j & 1) : 16 * ((run >> 1) * FIELDS + j) + 8 * (run & 1) + g;
+  }
+  static DI int coordinate(int s, int b, int g, int t) { return V ? D / 8 * g + s : D / 4 * t + D / 16 * b + s; }
   DI u32 stored(int run, int s) const {
     if constexpr (K == 2) return V ? w[s] : w[4 * (s >> 1) + run + 2 * (s & 1)];
     else if constexpr (V) { const int i = s >> 1, c = 2 * (s & 1) + run; return c < 3 ? w[3 * i + c] : fourth(w[3 * i], w[3 * i + 1], w[3 * i + 2]); }
@@ -56,6 +63,12 @@ template <int K_, int D_, int V_> struct Words {
 #pragma unroll
     for (int i = 0; i < SYMBOLS<K>; i++) symbol[i] = step(run, s - i);
     x = field_x<K>(symbol); y = field_y<K>(symbol);
+  }
+  DI void fields_of_two(int i, u32 (&x)[RUNS][2], u32 (&y)[RUNS][2]) const {                  // steps 2 i and 2 i + 1 of all runs
+#pragma unroll
+    for (int run = 0; run < RUNS; run++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) fields(run, 2 * i + h, x[run][h], y[run][h]);
   }
 };
 // Bits 6 and 7 of the eight bytes, the first byte's lowest.

@@ -160,25 +160,24 @@ DI void pack(const u16* rows, unsigned char* codes) {
 }
 // Word `run` of a step of a computed code, before step 0 from the start states; lane, half as in computed.cuh.
 DI u32 step_word(const u16* rows, const u8* start, const TrellisFoldArgs& P, int half, int lane, int run, int s) {
-  constexpr int K = C::EVEN, FIELDS = K == 2 ? 4 : 2; const int g = lane >> 2, t = lane & 3; u32 word = 0;
+  using R = Words<C::EVEN, C::D, C::V>; const int g = lane >> 2, t = lane & 3; u32 word = 0;
 #pragma unroll
   for (int b = 0; b < 4; b++)
 #pragma unroll
-    for (int j = 0; j < FIELDS; j++) {
-      const int token = half * HALF_TOKENS + (C::V ? 8 * (4 * (K == 2 ? j >> 1 : run) + b) + t + 4 * (j & 1) : 16 * ((run >> 1) * FIELDS + j) + 8 * (run & 1) + g);
-      const int run0 = C::V ? C::D / 8 * g : C::D / 4 * t + C::D / 16 * b, at = run0 + s;
-      const u32 symbol = at >= 0 ? rows[token * C::ROW + at] & 15u : P.start[start[token]] >> (-1 - at) * K & ((1u << K) - 1);
-      word |= symbol << (8 * b + (K == 2 ? 2 : 4) * j);
+    for (int j = 0; j < R::FIELDS; j++) {
+      const int token = half * HALF_TOKENS + R::token(run, b, j, g, t), at = R::coordinate(s, b, g, t);
+      const u32 symbol = at >= 0 ? rows[token * C::ROW + at] & 15u : P.start[start[token]] >> (-1 - at) * R::K & R::M;
+      word |= symbol << (8 * b + 8 / R::FIELDS * j);
     }
   return word;
 }
 DI void pack_words(const u16* rows, const u8* start, const TrellisFoldArgs& P, unsigned char* codes) {
-  constexpr int K = C::EVEN, HELD = C::D * K / 16, LINKS = SYMBOLS<K> - 1, RUNS = (C::V ? 1 : 2) * (K == 2 ? 1 : 2);
+  using R = Words<C::EVEN, C::D, C::V>;
 #pragma unroll 1
-  for (int e = threadIdx.x; e < 2 * HELD * 32; e += THREADS) {
-    const int half = e / (HELD * 32), lane = e & 31, i = e / 32 % HELD; u32 word;
+  for (int e = threadIdx.x; e < 2 * R::HELD * 32; e += THREADS) {
+    const int half = e / (R::HELD * 32), lane = e & 31, i = e / 32 % R::HELD; u32 word;
     auto of = [&](int run, int s) { return step_word(rows, start, P, half, lane, run, s); };
-    if constexpr (K == 2) word = C::V ? of(0, i) : of(i & 1, 2 * (i >> 2) + (i >> 1 & 1));
+    if constexpr (R::K == 2) word = C::V ? of(0, i) : of(i & 1, 2 * (i >> 2) + (i >> 1 & 1));
     else {                                                           // three words and a plane of the fourth in each one's spare bits
       const int group = i / 3, c = i % 3; const u32 last = C::V ? of(1, 2 * group + 1) : of(3, group);
       word = (C::V ? of(c & 1, 2 * group + (c >> 1)) : of(c, group)) | (last >> c & 0x11111111u) << 3;
@@ -187,7 +186,7 @@ DI void pack_words(const u16* rows, const u8* start, const TrellisFoldArgs& P, u
   }
   {                                                                  // one byte of the start words per thread
     const int half = threadIdx.x >> 6, e = threadIdx.x & 63, row = C::V ? e >> 4 : e >> 3, at = C::V ? e >> 2 & 3 : e & 7, byte = C::V ? e & 3 : 0; u32 word = 0;
-    if (at < LINKS * RUNS) word = step_word(rows, start, P, half, C::V ? row : 4 * row, at % RUNS, -1 - at / RUNS);
+    if (at < R::LINKS * R::RUNS) word = step_word(rows, start, P, half, C::V ? row : 4 * row, at % R::RUNS, -1 - at / R::RUNS);
     codes[half * C::HALF + 4 * C::D * pair_bits(C::F) + 64 + e] = (u8)(word >> 8 * byte);
   }
 }

@@ -10,6 +10,7 @@ struct Levels { u32 a, b, c, d; };       // entries 0-3, 4-7, 8-11, 12-15: level
 constexpr int ZERO = 64;
 __host__ __device__ constexpr int bits_of(int format) { return format == 1 ? 2 : format; }
 __host__ __device__ constexpr bool is_computed(int format) { return format > 20; }
+constexpr int COMPUTED_2 = 24, COMPUTED_3 = 26;
 __host__ __device__ constexpr bool is_trellis(int format) { return format > 10 && !is_computed(format); }
 __host__ __device__ constexpr int pair_bits(int format) { return is_computed(format) ? format - 20 : is_trellis(format) ? format - 10 : 2 * bits_of(format); }  // of two codes
 

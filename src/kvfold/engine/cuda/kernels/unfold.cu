@@ -52,8 +52,7 @@ template <class C, int F, int V> DI void unfold_side(const UnfoldArgs& P, unsign
 #pragma unroll
           for (int j = 0; j < R::FIELDS; j++) {
             const int at = 8 * b + 8 / R::FIELDS * j, level = 6 * (int)(x >> at & R::M) + 4 * (int)(y >> at & R::M) - 5 * (int)R::M;
-            if (V) put(8 * (4 * (R::K == 2 ? j >> 1 : run) + b) + t + 4 * (j & 1), C::D / 8 * g + s, level);
-            else put(16 * ((run >> 1) * R::FIELDS + j) + 8 * (run & 1) + g, C::D / 4 * t + C::D / 16 * b + s, level);
+            put(R::token(run, b, j, g, t), R::coordinate(s, b, g, t), level);
           }
       }
     }
