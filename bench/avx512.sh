@@ -1,6 +1,6 @@
 #!/bin/sh
 # The CPU figures of docs/cpu.md for a machine with AVX-512 and no AMX: run from the repository root, appends to bench/results/cpu.csv.
-# About six minutes. Arguments choose among its parts: short, long, rest, prefill.
+# About seven minutes. Arguments choose among its parts: short, long, rest, prefill.
 set -eu
 bench() { "${PYTHON:-python3}" -m kvfold.bench "$@" --csv bench/results/cpu.csv >/dev/null; }
 
@@ -10,6 +10,7 @@ widths() { # widths OPTIONS: scalar codes, then trellis codes
   bench decode "$@" --key-bits 2 --value-bits 2 --codec uniform
   bench decode "$@" --key-bits 3 --value-bits 3 --codec trellis --against read-floor
   bench decode "$@" --key-bits 2 --value-bits 2 --codec trellis --against read-floor
+  bench decode "$@" --key-bits 3.5 --value-bits 2.5 --codec trellis --against read-floor
 }
 
 for part in ${*:-short long rest prefill}; do

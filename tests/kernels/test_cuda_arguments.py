@@ -1,4 +1,4 @@
-"""How rows are shared among blocks, by the host and in the kernels. Runs without a GPU."""
+"""What kernels are handed: rows of memory, and how blocks share them, by the host and in the kernels. Runs without a GPU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.engine.cuda.arguments import share
+from kvfold.engine.cuda.memory import dense
 
 
 @given(st.integers(1, 4096), st.integers(1, 200))
@@ -49,3 +51,13 @@ def test_kernels_leave_nothing_out(blocks: int, tmp_path: Path) -> None:
     ]
     done = subprocess.run([program, str(blocks), str(blocks), *cases], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_rows_of_exact_tokens_lie_one_after_the_other() -> None:
+    """The kernels step from row to row by D; keys and values that were copied together are 2 D apart."""
+    both = torch.randn(2, 7, 2 * 64)
+    for x in (*both.chunk(2, dim=-1), both[..., :64].contiguous(), both[:, :0, :64]):
+        rows = dense(x)
+        assert torch.equal(rows, x)
+        assert rows.stride(-2) == 64
+    assert dense(both) is both

@@ -142,7 +142,8 @@ def two_bits(window: int) -> CacheSpec:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     made = Kernels()
     monkeypatch.setattr(driver, "kernel", made.kernel)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: SimpleNamespace(cuda_stream=0))
+    stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda _other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: stream)
     return made
 
 

@@ -21,7 +21,7 @@ from kvfold.engine.cuda.arguments import (
 )
 from kvfold.engine.cuda.folding import folder, not_finite
 from kvfold.engine.cuda.fragments import Fragments, format_of
-from kvfold.engine.cuda.memory import aligned, current, pointer, workspace
+from kvfold.engine.cuda.memory import aligned, current, dense, pointer, workspace
 from kvfold.engine.cuda.prefill import MIN_COLUMNS, TILE_TOKENS, Merge, attention_part
 from kvfold.engine.cuda.streams import Search, level_pairs
 from kvfold.engine.on_torch import TorchEngine
@@ -187,7 +187,7 @@ class CudaEngine:
         """int64 [B, SEQUENCE_WORDS] on the device, and tensors it points to: hold them until the call is enqueued."""
         words, keep = [], []
         for r in rows:
-            recent_k, recent_v = (aligned(x) for x in (r.recent_k, r.recent_v))
+            recent_k, recent_v = (dense(x) for x in (r.recent_k, r.recent_v))
             sinks = [x.contiguous() for x in (r.sinks_k, r.sinks_v)]
             pages = self.addresses(r.runs)
             keep += [recent_k, recent_v, *sinks, pages]

@@ -17,6 +17,11 @@ def aligned(x: Tensor) -> Tensor:
     return x if fits else x.contiguous()
 
 
+def dense(x: Tensor) -> Tensor:
+    """x [..., n, D], or a copy of it, aligned and with its rows one after the other."""
+    return aligned(x) if x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
 _WORK: dict[int, tuple[Tensor, Tensor]] = {}
 
 
