@@ -16,8 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "src" / "kvfold" / "profiles"
 DEMO = "recall-llama-12m"
 SIZED = 131072  # tokens
-# What the CUDA engine's rows call the rates of trellis codes.
-LETTERS = {3.5: "a", 2.5: "b", 3.0: "c", 2.0: "d", 1.5: "e", 1.0: "f"}
+# What the CUDA engine's rows call codecs and widths.
+LETTERS = {
+    **{("trellis", bits): letter for bits, letter in zip((3.5, 2.5, 3, 2, 1.5, 1), "abcdef", strict=True)},
+    ("computed", 3): "g",
+    ("computed", 2): "h",
+    ("mse", 3): "3",
+    ("uniform", 2): "u",
+}
 Row = dict[str, str]
 
 
@@ -81,36 +87,36 @@ def sizes(name: str) -> Iterable[str]:
 
 
 def speeds(name: str) -> Iterable[str]:
-    """Decode attention of 32 query heads over 8 of 128 numbers, against the fastest over 16 bits in the same run."""
-    spec = load(name).spec
-    if spec.key.codec != "trellis" or not {spec.key.bits, spec.value.bits} <= set(LETTERS):
+    """Decode attention of 32 query heads over 8 of 128 numbers, against the fastest over 16 bits in the same run. Of one commit's
+    kernels: rows that name none are older than that column."""
+    key, value = load(name).spec.key, load(name).spec.value
+    if not {(s.codec, s.bits) for s in (key, value)} <= set(LETTERS):
         return
-    letters = LETTERS[spec.key.bits], LETTERS[spec.value.bits]
-    latest = {
-        (r["device"], r["tokens"]): r
-        for r in read("gpu_decode")
-        if (r["key"], r["value"], r["batch"], r["contender"]) == (*letters, "16", "kvfold")
-    }
-    for r in latest.values():
+    wanted = ("equal", "32", "8", "128", LETTERS[key.codec, key.bits], LETTERS[value.codec, value.bits], "16", "kvfold")
+    fields = ("lengths", "heads", "kv_heads", "dim", "key", "value", "batch", "contender")
+    rows = (r for r in read("gpu_decode") if tuple(r[f] for f in fields) == wanted and r["commit"])
+    for r in {(r["device"], r["tokens"]): r for r in rows}.values():
         figures = {"ms": f"{float(r['median_us']) / 1000:.3f}", "x_16_bit": f"{float(r['ratio']):.2f}"}
         what = {"device": f'"{r["device"]}"', "tokens": r["tokens"], "batch": r["batch"]}
         yield block("speeds", what | figures | {"command": '"python bench/gpu/run.py --parts decode"'})
-    newest: dict[tuple[str, str], list[Row]] = {}
+    # Ours and the others' ms, of the newest run that has both.
+    runs: dict[tuple[str, str], tuple[Row, list[float]]] = {}
     for r in read("cpu"):
         bits = float(r["key_bits"]), float(r["value_bits"])
-        shape = r["op"], r["query_heads"], r["kv_heads"], r["head_dim"], r["threads"], r["codec"]
-        if bits == (spec.key.bits, spec.value.bits) and shape == ("decode", "32", "8", "128", "1", "trellis"):
-            run = newest.setdefault((r["machine"], r["context"]), [])
-            if r["contender"] == "kvfold":
-                run.clear()
-            run.append(r)
-    for (machine, context), run in newest.items():
-        ours = float(run[0]["median_ms"])
-        others = [float(r["median_ms"]) for r in run if r["contender"].startswith("torch-")]
-        what = {"device": f'"{machine.split(",")[0]}, level {run[0]["level"]}"', "tokens": context, "batch": "1"}
-        figures = {"ms": f"{ours:.3f}", "x_16_bit": f"{min(others) / ours:.2f}"}
-        bits = f"--key-bits {spec.key.bits:g} --value-bits {spec.value.bits:g}"
-        yield block("speeds", what | figures | {"command": f'"kvfold bench decode --codec trellis {bits}"'})
+        shape = r["op"], r["query_heads"], r["kv_heads"], r["head_dim"], r["threads"]
+        if bits != (key.bits, value.bits) or shape != ("decode", "32", "8", "128", "1"):
+            continue
+        if r["contender"] == "kvfold":  # the first of every run
+            ours, others = r, []
+        elif r["contender"].startswith("torch-") and {ours["codec"], key.codec, value.codec} == {key.codec}:
+            others.append(float(r["median_ms"]))
+            runs[f"{r['machine'].split(',')[0]}, level {r['level']}", r["context"]] = ours, others
+    for (machine, context), (r, others) in runs.items():
+        ms = float(r["median_ms"])
+        what = {"device": f'"{machine}"', "tokens": context, "batch": "1"}
+        figures = {"ms": f"{ms:.3f}", "x_16_bit": f"{min(others) / ms:.2f}"}
+        bits = f"--codec {key.codec} --key-bits {key.bits:g} --value-bits {value.bits:g}"
+        yield block("speeds", what | figures | {"command": f'"kvfold bench decode {bits}"'})
 
 
 def blocks(name: str, own: bool) -> str:

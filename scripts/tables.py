@@ -329,6 +329,26 @@ def fold_table() -> str:
     return markdown(["keys and values of", "level", "bits", "ms (10-90 %)", "ns per number", "x scalar"], body)
 
 
+# Profiles on the CUDA engine, as bench/gpu/run.py calls their keys and values.
+GPU_PROFILES = {"swift-3": "gg", "swift-2.5": "gh", "balanced": "ab", "compact": "cd", "turbo-3": "33"}
+
+
+def gpu_decode_table() -> str:
+    """A row per batch and context, a column per profile; the newest row of each."""
+    shape = {"device": "NVIDIA H200", "lengths": "equal", "heads": "32", "kv_heads": "8", "dim": "128"}
+    newest: dict[tuple[int, int], dict[str, Row]] = {}
+    for r in read("gpu_decode"):
+        if r["contender"] == "kvfold" and r["commit"] and all(r[f] == wanted for f, wanted in shape.items()):
+            newest.setdefault((int(r["batch"]), int(r["tokens"])), {})[r["key"] + r["value"]] = r
+    body = []
+    for (batch, tokens), rows in sorted(newest.items()):
+        cells = [rows[letters] for letters in GPU_PROFILES.values() if letters in rows]
+        times = [f"{float(r['median_us']):.0f} us, {float(r['ratio']):.2f}x" for r in cells]
+        if len(times) == len(GPU_PROFILES):
+            body.append([f"batch {batch}, {tokens // 1024}k", *times])
+    return markdown(["H200", *(f"`{p}`" for p in GPU_PROFILES)], body)
+
+
 def distortion_table() -> str:
     body = []
     for r in read("distortion"):
@@ -383,6 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_avx512_intel": partial(cpu_table, "avx512-vnni", "Intel"),
     "cpu_avx2": partial(cpu_table, "avx2"),
     "cpu_fold": fold_table,
+    "gpu_decode": gpu_decode_table,
     "distortion": distortion_table,
     "plan": plan_table,
 }
