@@ -52,7 +52,7 @@ def logprobs(profile: str | None, workers: int = 1) -> list[torch.Tensor]:
     return [torch.from_numpy(done.logprobs[0, i]) for i in range(len(WINDOWS))]
 
 
-@pytest.mark.parametrize(("profile", "workers"), [*((profile, 1) for profile in PROFILES), ("balanced", 2)])
+@pytest.mark.parametrize(("profile", "workers"), [*((p, 1) for p in (*PROFILES, "swift-3")), ("balanced", 2)])
 def test_divergence_is_that_of_the_transformers_adapter(profile: str, workers: int) -> None:
     kl = [compare(f, s)[0] for f, s in zip(logprobs(profile, workers), logprobs(None), strict=True)]
     here = float(torch.cat(kl).mean())
