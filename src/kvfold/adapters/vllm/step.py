@@ -95,7 +95,8 @@ class _Row:
         self.past = length - new
         self.folded = self._folded()
         written = self.exact[-(-self.past // geometry.exact_tokens) : -(-length // geometry.exact_tokens)]
-        self.overwritten = bool(np.isin(self.recent, written[written != NULL_BLOCK]).any())
+        # Most steps begin no block, and this is asked of every request.
+        self.overwritten = bool(len(written)) and bool(np.isin(self.recent, written[written != NULL_BLOCK]).any())
 
     def _exact_blocks(self, start: int, stop: int) -> Table:
         """Blocks of tokens start..stop-1; start begins a block."""
