@@ -52,7 +52,7 @@ def logprobs(profile: str | None, workers: int = 1) -> list[torch.Tensor]:
     return [torch.from_numpy(done.logprobs[0, i]) for i in range(len(WINDOWS))]
 
 
-@pytest.mark.parametrize(("profile", "workers"), [*((profile, 1) for profile in PROFILES), ("balanced", 2)])
+@pytest.mark.parametrize(("profile", "workers"), [*((p, 1) for p in (*PROFILES, "swift-3")), ("balanced", 2)])
 def test_divergence_is_that_of_the_transformers_adapter(profile: str, workers: int) -> None:
     kl = [compare(f, s)[0] for f, s in zip(logprobs(profile, workers), logprobs(None), strict=True)]
     here = float(torch.cat(kl).mean())
@@ -60,15 +60,29 @@ def test_divergence_is_that_of_the_transformers_adapter(profile: str, workers: i
     assert here == pytest.approx(there, rel=0.1)
 
 
-def test_a_graded_profile(tmp_path: Path) -> None:
-    """Layers with bits of their own: as good as in the transformers adapter, at the size of the largest layer's pages."""
-    graded = tmp_path / "graded-compact.toml"
-    graded.write_text('base = "compact"\npurpose = "compact, graded"\ngraded = true\n')
-    kl = [compare(f, s)[0] for f, s in zip(logprobs(str(graded)), logprobs(None), strict=True)]
-    spec = profiles.load(str(graded)).spec
+def by_layer(folder: Path, layers: str) -> str:
+    """`compact` with bits of each layer's own."""
+    profile = folder / "by-layer.toml"
+    profile.write_text(f'base = "compact"\npurpose = "compact, by layer"\n{layers}\n')
+    return str(profile)
+
+
+MEASURED = "bits_by_layer = [[3.5, 1], [3, 2.5], [2.5, 2], [3, 2], [3, 1.5], [3.5, 3]]"
+
+
+@pytest.mark.parametrize("layers", ["graded = true", MEASURED], ids=["graded", "measured"])
+def test_layers_with_bits_of_their_own(layers: str, tmp_path: Path) -> None:
+    profile = by_layer(tmp_path, layers)
+    kl = [compare(f, s)[0] for f, s in zip(logprobs(profile), logprobs(None), strict=True)]
+    spec = profiles.load(profile).spec
     assert float(torch.cat(kl).mean()) == pytest.approx(float(evaluate(model(), WINDOWS, spec)["kld_mean"]), rel=0.1)
-    folded, plain = (run(p, [], dtype="bfloat16", max_model_len=LONG).tokens for p in (str(graded), "compact"))
-    config = model().config
+
+
+def test_capacity_with_layers_of_different_sizes(tmp_path: Path) -> None:
+    """The size of the largest layer's pages counts for all."""
+    profile = by_layer(tmp_path, "graded = true")
+    folded, plain = (run(p, [], dtype="bfloat16", max_model_len=LONG).tokens for p in (profile, "compact"))
+    spec, config = profiles.load(profile).spec, model().config
     layers = [spec.for_layer(place, config.num_hidden_layers) for place in range(config.num_hidden_layers)]
     pages = [page_bytes(config.num_key_value_heads, config.head_dim, s) for s in layers]
     unchanged = page_bytes(config.num_key_value_heads, config.head_dim, profiles.load("compact").spec)

@@ -106,6 +106,6 @@ def test_which_engine_runs() -> None:
     """The kernels of this machine for packed codes; exact pages have none, so `lossless` runs in torch."""
     assert alone().engines == {"profile lossless, engine torch"}
     two = {"tensor_parallel_size": 2, "env": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}}
-    for profile, options in (("balanced", two), ("compact", {}), ("turbo-3", {})):
+    for profile, options in (("balanced", two), ("compact", {}), ("turbo-3", {}), ("swift-3", {})):
         folded = run(profile, [step(PROMPTS[0], max_tokens=1)], dtype=PACKED_DTYPE, **options)
         assert folded.engines == {f"profile {profile}, engine {'cuda' if GPU else 'cpu'}"}

@@ -125,6 +125,8 @@ class ExactManager(SlidingWindowManager):
         prefill_end: int = 0,
     ) -> int:
         have = len(self.req_to_blocks.get(request_id, ())) or len(new_computed_blocks)
+        if num_tokens <= have * self.block_size and not new_computed_blocks:  # so in most steps, for every request
+            return 0
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
             need = min(cdiv(num_tokens, self.block_size) - have, self.max_admission_blocks_per_request)
         else:
@@ -162,6 +164,8 @@ class ExactManager(SlidingWindowManager):
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         have = len(self.req_to_blocks[request_id])
+        if num_tokens <= have * self.block_size:
+            return []
         return self._extend(request_id, self._taken(have, num_tokens, num_tokens_main_model), num_tokens_main_model)
 
     def remove_skipped_blocks(
@@ -194,6 +198,8 @@ class ExactManager(SlidingWindowManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         before = self.num_cached_block.get(request.request_id, 0)
+        if num_tokens // self.block_size <= before:
+            return
         super().cache_blocks(request, num_tokens, *args, **kwargs)
         after = self.num_cached_block.get(request.request_id, 0)
         computed = max(request.num_computed_tokens, self._hits.get(request.request_id, 0) * self.block_size)
