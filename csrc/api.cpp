@@ -17,6 +17,10 @@
 using kvfold::Layout;
 using kvfold::Level;
 
+#ifndef KVF_SOURCES
+#define KVF_SOURCES ""
+#endif
+
 namespace {
 
 bool usable(const kvf_format* format) { return format != nullptr && kvfold::supported(*format); }
@@ -54,6 +58,8 @@ const void* vector_at(const kvf_vectors& v, int dtype, std::int64_t outer, std::
 extern "C" {
 
 int32_t kvf_abi_version(void) { return KVF_ABI_VERSION; }
+
+const char* kvf_sources(void) { return KVF_SOURCES; }
 
 int32_t kvf_level_count(void) { return static_cast<int32_t>(kvfold::levels().size()); }
 

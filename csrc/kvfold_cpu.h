@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define KVF_ABI_VERSION 5
+#define KVF_ABI_VERSION 6
 
 enum { KVF_OK = 0, KVF_UNSUPPORTED = 1, KVF_NON_FINITE = 2, KVF_NO_LEVEL = 3, KVF_NO_MEMORY = 4, KVF_NOT_A_PAGE = 5 };
 enum { KVF_FLOAT32 = 0, KVF_BFLOAT16 = 1, KVF_FLOAT16 = 2 };
@@ -107,6 +107,9 @@ typedef struct kvf_attend_request {
 } kvf_attend_request;
 
 KVF_EXPORT int32_t kvf_abi_version(void);
+
+/* What the library was built from: the hash that CMakeLists.txt makes of its sources; empty in builds without CMake. */
+KVF_EXPORT const char* kvf_sources(void);
 
 /* Levels are SIMD instruction sets, best first. `reason` is empty when the level can run here, else says what is missing. */
 KVF_EXPORT int32_t kvf_level_count(void);

@@ -13,6 +13,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 NEEDLE_PROFILES = ("balanced", "compact", "extreme")
+SWIFT_PROFILES = ("swift-3", "swift-2.5")  # beside them where a row is a profile
 OWN = ("tuned-", "graded-", "by-layer-")  # how names of profiles begin that differ from these in bits alone
 LONGEST_GRID = 32768  # tokens; beyond, one kind and profile
 SCALAR = "turbo-3"  # the profile of scalar codes that levels are compared with
@@ -215,7 +216,7 @@ def needle_loss_table() -> str:
     """A row per model and profile: every answer up to LONGEST_GRID tokens, and the loss with its standard error."""
     grid: dict[tuple[str, str], list[Row]] = {}
     for (context, model, _, profile), rows in needle_cells().items():
-        if context <= LONGEST_GRID and (profile in NEEDLE_PROFILES or profile.startswith(OWN)):
+        if context <= LONGEST_GRID and (profile in NEEDLE_PROFILES + SWIFT_PROFILES or profile.startswith(OWN)):
             grid.setdefault((model, profile.removesuffix(".toml")), []).extend(rows)
     body = []
     for (model, profile), rows in sorted(grid.items()):

@@ -22,7 +22,7 @@ from kvfold.bench import cuda_decode as cd
 from kvfold.bench.cuda_timing import copy_bandwidth, time_calls
 from kvfold.engine.cuda.driver import compile_cubin
 from kvfold.engine.cuda.folding import parities_of
-from kvfold.engine.cuda.fragments import book_of
+from kvfold.engine.cuda.formats import book_of
 
 START = time.monotonic()
 
@@ -108,7 +108,7 @@ def logits(rows: Rows, shape: cd.Shape, formats: list[str]) -> None:
         e = cd.engine(fmt[0], fmt[-1], shape)
         batches = cd.folded_batches(e, shape)
         t = time_calls(cd.folded_logits(batches))
-        region = e.fragments.half_bytes - e.fragments.side["value"]  # keys and mean of half a page
+        region = e.fragments.half_bytes - e.fragments.sides["value"].bytes  # keys and mean of half a page
         nbytes = batches[0].slab.nbytes // e.fragments.head_bytes * 2 * region
         rows.add(shape, "kvfold", t, nbytes, key=fmt[0], value=fmt[-1], ratio=f"{exact / t.median:.2f}")
         print(f"  {fmt}: {t.median:.1f} us ({exact / t.median:.2f}x, {nbytes / t.median / 1e6:.2f} TB/s)", flush=True)

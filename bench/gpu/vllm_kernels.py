@@ -16,7 +16,7 @@ from kvfold.config import CacheSpec
 from kvfold.engine.cuda.arguments import plan_rings, shared_limit
 from kvfold.engine.cuda.driver import compile_cubin
 from kvfold.engine.cuda.folding import parities_of
-from kvfold.engine.cuda.fragments import format_of
+from kvfold.engine.cuda.formats import format_of
 
 DIM = 128  # of the shipped model and of Llama-3.1-8B
 COLUMN_GROUPS = (1, 2, 4)

@@ -18,6 +18,7 @@ BOUNDS = [
     ("balanced", "recall-llama-12m", 0.0013, 3.15),
     ("balanced", "recall-biased-12m", 0.0022, 3.15),
     ("balanced", "recall-hybrid-15m", 0.0010, 3.15),
+    ("swift-3", "recall-llama-12m", 0.0016, 3.15),
     ("turbo-3", "recall-llama-12m", 0.0023, 3.195),
 ]
 

@@ -128,9 +128,9 @@ def test_files_have_what_was_recorded_of_needles_sizes_and_speeds() -> None:
     for name in names():
         text = (root / "src" / "kvfold" / "profiles" / f"{name}.toml").read_text(encoding="utf-8")
         assert text.partition("\n[[")[2] == blocks(name, name in levels()).partition("\n[[")[2]
-    level = load("compact")
-    assert all(rows for rows in (level.evidence, level.needles, level.sizes, level.speeds))
-    assert all({"model", "recall", "answer_nll", "command"} <= set(r) for r in level.needles)
+    for level in map(load, ("balanced", "compact", "swift-3", "swift-2.5")):
+        assert all(rows for rows in (level.evidence, level.needles, level.sizes, level.speeds))
+        assert all({"model", "recall", "answer_nll", "command"} <= set(r) for r in level.needles)
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,3 +269,19 @@ def test_refusals_name_their_reasons() -> None:
 def test_the_environment_forces_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(library.LEVEL_VARIABLE, "scalar")
     assert library.choose_level().name == "scalar"
+
+
+def test_a_library_of_other_sources_is_told(tmp_path: Path) -> None:
+    """A checkout whose library is older than its sources would run, and measure, what nobody sees."""
+    (tmp_path / "csrc" / "levels").mkdir(parents=True)
+    (tmp_path / "CMakeLists.txt").write_text("project(x)")
+    for name in ("levels.cpp", "levels/avx2.cpp", "levels.h"):
+        (tmp_path / "csrc" / name).write_text(name)
+    names = ("CMakeLists.txt", "csrc/levels.cpp", "csrc/levels.h", "csrc/levels/avx2.cpp")
+    hashes = "".join(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names)
+    built_from = hashlib.sha256(hashes.encode()).hexdigest()
+    assert not library.differs(built_from, tmp_path)
+    (tmp_path / "csrc" / "levels.h").write_text("another")
+    assert library.differs(built_from, tmp_path)
+    assert not library.differs("", tmp_path)
+    assert not library.differs(built_from, tmp_path / "csrc")

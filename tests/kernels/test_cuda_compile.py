@@ -9,7 +9,7 @@ import pytest
 from kvfold.engine.cuda import driver
 from kvfold.engine.cuda.arguments import plan_rings, shared_limit
 from kvfold.engine.cuda.folding import parities_of
-from kvfold.engine.cuda.fragments import TRELLIS, book_of
+from kvfold.engine.cuda.formats import TRELLIS, book_of
 from kvfold.errors import NoImplementation
 
 # Bytes of register spills a variant may have. The page loop itself holds almost none (see docs/gpu.md); what spills lies

@@ -10,7 +10,9 @@ import torch
 from kvfold.codebook.trellis import STATES, code
 from kvfold.config import CacheSpec, SideSpec
 from kvfold.engine.cuda.computed import pack_starts, pack_words, unpack_starts, unpack_words
-from kvfold.engine.cuda.fragments import Fragments, bits_of, format_of, from_words, index, to_words
+from kvfold.engine.cuda.fields import from_words, index, to_words
+from kvfold.engine.cuda.formats import bits_of, format_of
+from kvfold.engine.cuda.fragments import Fragments
 from kvfold.engine.cuda.streams import pack_streams, unpack_streams
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import LayerShape

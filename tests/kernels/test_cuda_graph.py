@@ -75,7 +75,7 @@ def replayed(model: torch.nn.Module, plain: kvfold.FoldedCache, steps: int) -> N
     same_pages(mine, plain)
 
 
-@pytest.mark.parametrize("profile", ["turbo-3", "balanced"])
+@pytest.mark.parametrize("profile", ["turbo-3", "swift-3", "balanced"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_replays_equal_plain_steps(profile: str, batch: int) -> None:
     """Over more tokens than a page holds, from before the first fold."""

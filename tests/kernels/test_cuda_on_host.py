@@ -18,7 +18,8 @@ from on_host import compiled
 from kvfold.config import CacheSpec, SideSpec
 from kvfold.engine.cuda import driver
 from kvfold.engine.cuda.arguments import levels_of
-from kvfold.engine.cuda.fragments import Fragments, format_of
+from kvfold.engine.cuda.formats import format_of
+from kvfold.engine.cuda.fragments import Fragments
 from kvfold.engine.on_torch import TorchEngine
 from kvfold.engine.request import LayerShape
 from kvfold.rotation.reference import matrix, stream

@@ -80,6 +80,7 @@ inline void mma_ss(int (&c)[4], const u32* a, u32 b0, u32 b1) { product<signed c
 template <int H> void mma_f(float (&)[4], u32, u32, u32, u32, u32, u32);  // of exact tokens, which no test here has
 
 // ---- words
+inline u32 mad(u32 a, u32 b, u32 c) { return a * b + c; }
 inline u32 prmt(u32 a, u32 b, u32 selector) {
   u32 out = 0;
   for (int i = 0; i < 4; i++) {

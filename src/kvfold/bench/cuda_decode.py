@@ -16,7 +16,6 @@ from kvfold.codebook.trellis import code
 from kvfold.config import TRELLIS_CODECS, CacheSpec, SideSpec
 from kvfold.engine.cuda.arguments import sequence_words
 from kvfold.engine.cuda.engine import KEYS_ONLY, CudaEngine
-from kvfold.engine.cuda.fragments import SCALE, UNIT
 from kvfold.engine.request import AttendRequest, LayerShape, SequenceView
 
 CODECS = {
@@ -71,22 +70,17 @@ def random_pages(e: CudaEngine, count: int) -> Tensor:
     rows = torch.randint(-(2**31), 2**31 - 1, (count, f.page_bytes // 4), dtype=torch.int32, device=device).view(
         torch.uint8
     )
-    regions = rows.view(count, e.shape.kv_heads, f.head_bytes)
     for side, spec in (("key", e.spec.key), ("value", e.spec.value)):
         paths = spec.codec in TRELLIS_CODECS
         step = code(spec.bits, spec.codec).step if paths else float(table(spec.codec, int(spec.bits), f.dim).step)
-        for half in (0, 1):
-            scales = f._scales(regions, side, half)
-            unit = torch.full((1,), step / 32, dtype=torch.float16, device=device).view(torch.uint8)
-            if spec.codec == "computed":  # scale codes and start states stay random
-                f._rows(regions, side, half)[:] &= SCALE
-                f._put_spares(regions, side, half, unit, slice(0, None, 2 if side == "key" else 1))
-            elif spec.codec == "trellis":  # headers stay random
-                scales[..., 1] = 0
-                scales[..., UNIT, 1] = unit
+        for half in f.halves(rows, side):
+            if paths:  # headers stay random
+                unit = torch.full((1, 1), step / 32, dtype=torch.float16, device=device)
             else:
-                scale = (0.2 + 1.6 * torch.rand(scales.shape[:-1], device=device)) * step
-                scales[:] = scale.half()[..., None].view(torch.uint8)
+                unit = ((0.2 + 1.6 * torch.rand(*half.shape[:-1], 8, 8, device=device)) * step).half()
+            f.sides[side].put_units(half, unit)
+            if side == "key":
+                f.sides[side].put_mean_scale(half, torch.zeros(2, dtype=torch.uint8, device=device))
     return rows
 
 

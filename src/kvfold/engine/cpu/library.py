@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from kvfold.errors import InvalidConfig, NoImplementation
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LEVEL_VARIABLE = "KVFOLD_CPU_LEVEL"
 OK, UNSUPPORTED, NON_FINITE, NO_LEVEL, NO_MEMORY = range(5)
 SCALE_RULES = ("norm", "unbiased", "least-squares", "match")
@@ -112,6 +113,7 @@ class AttendRequest(Structure):
 
 SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "kvf_abi_version": (c_int32, []),
+    "kvf_sources": (c_char_p, []),
     "kvf_level_count": (c_int32, []),
     "kvf_level_name": (c_char_p, [c_int32]),
     "kvf_level_reason": (c_char_p, [c_int32]),
@@ -154,12 +156,24 @@ def _open() -> ctypes.CDLL | str:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the native library does not load: {error}"
+    if lib.kvf_abi_version() != ABI_VERSION:
+        return f"the native library has interface {lib.kvf_abi_version()}, this package wants {ABI_VERSION}: reinstall kvfold"
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    if lib.kvf_abi_version() != ABI_VERSION:
-        return f"the native library has interface {lib.kvf_abi_version()}, this package wants {ABI_VERSION}: reinstall kvfold"
+    if differs(lib.kvf_sources().decode(), Path(__file__).parents[4]):
+        return "the native library was built from other sources than those beside it: run scripts/build-native"
     return lib
+
+
+def differs(built_from: str, root: Path) -> bool:
+    """Whether a library of this hash (CMakeLists.txt) was built from other sources than those in `root`, if it has any."""
+    inputs = [*(root / "csrc").rglob("*.cpp"), *(root / "csrc").rglob("*.h")]
+    if not built_from or not inputs:
+        return False
+    names = ["CMakeLists.txt", *sorted(p.relative_to(root).as_posix() for p in inputs)]
+    hashes = "".join(hashlib.sha256((root / name).read_bytes()).hexdigest() for name in names)
+    return hashlib.sha256(hashes.encode()).hexdigest() != built_from
 
 
 def missing() -> str:

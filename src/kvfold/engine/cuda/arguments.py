@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.codebook import table
 from kvfold.codebook.trellis import code
 from kvfold.config import TRELLIS_CODECS, SideSpec
-from kvfold.engine.cuda.fragments import COMPUTED, SCALE_BYTES, TRELLIS, code_bytes
+from kvfold.engine.cuda.formats import COMPUTED, SCALE_BYTES, TRELLIS, code_bytes
 from kvfold.engine.cuda.streams import ZERO, table_bytes
 
 # Per multiprocessor; 40 kB would hide the latency at 4.3 TB/s. From 2 slots of 3 kB per warp on nothing is gained.

@@ -13,6 +13,8 @@ from kvfold.engine.cuda.streams import HALF_TOKENS, LANES, as_int32
 START_BYTES = 64  # behind 64 bytes of scales: the words of the steps before the first
 FIELDS = {2: 4, 3: 2}  # of a byte, by their bits
 SPACING = {2: 2, 3: 4}  # bits from one to the next
+FIRST = {2: 0, 3: 1}  # bit of the first
+SPARE = 0x11111111  # bits of words of 3-bit codes
 
 
 def _runs(width: int, value: bool) -> int:
@@ -49,7 +51,8 @@ def _places(dim: int, width: int, value: bool) -> Tensor:
 
 def _shifts(width: int, device: torch.device) -> Tensor:
     """int64 [byte, field]: bit of a word at which a field stands."""
-    return 8 * torch.arange(4, device=device)[:, None] + SPACING[width] * torch.arange(FIELDS[width], device=device)
+    field = FIRST[width] + SPACING[width] * torch.arange(FIELDS[width], device=device)
+    return 8 * torch.arange(4, device=device)[:, None] + field
 
 
 def pack_words(symbols: Tensor, width: int, value: bool) -> Tensor:
@@ -59,8 +62,8 @@ def pack_words(symbols: Tensor, width: int, value: bool) -> Tensor:
     words = (codes << _shifts(width, symbols.device)).sum((-2, -1)).flatten(-3, -2)  # [..., step and run, lane]
     if width == 3:  # the fourth word of four in the spare bits of the others
         words = words.unflatten(-2, (-1, 4))
-        planes = words[..., 3:, :] >> torch.arange(3, device=words.device)[:, None] & 0x11111111
-        words = (words[..., :3, :] | planes << 3).flatten(-3, -2)
+        planes = words[..., 3:, :] >> torch.arange(1, 4, device=words.device)[:, None] & SPARE
+        words = (words[..., :3, :] | planes).flatten(-3, -2)
     words = words.unflatten(-2, (-1, 4)).transpose(-2, -1)  # [..., piece, lane, word]
     return as_int32(words).flatten(-3).view(torch.uint8).view(*lead, -1)
 
@@ -72,8 +75,7 @@ def unpack_words(packed: Tensor, dim: int, width: int, value: bool) -> Tensor:
     words = words.view(*lead, -1, LANES, 4).transpose(-2, -1).flatten(-3, -2)
     if width == 3:
         three = words.unflatten(-2, (-1, 3))
-        planes = three >> 3 & 0x11111111
-        fourth = (planes << torch.arange(3, device=words.device)[:, None]).sum(-2, keepdim=True)
+        fourth = ((three & SPARE) << torch.arange(1, 4, device=words.device)[:, None]).sum(-2, keepdim=True)
         words = torch.cat([three, fourth], dim=-2).flatten(-3, -2)
     codes = words[..., None, None] >> _shifts(width, words.device) & (1 << width) - 1
     out = torch.empty(*lead, HALF_TOKENS * dim, dtype=torch.uint8, device=packed.device)

@@ -20,7 +20,8 @@ from kvfold.engine.cuda.arguments import (
     shared_limit,
 )
 from kvfold.engine.cuda.folding import folder, not_finite
-from kvfold.engine.cuda.fragments import Fragments, format_of
+from kvfold.engine.cuda.formats import format_of
+from kvfold.engine.cuda.fragments import Fragments
 from kvfold.engine.cuda.memory import aligned, current, dense, pointer, workspace
 from kvfold.engine.cuda.prefill import MIN_COLUMNS, TILE_TOKENS, Merge, attention_part
 from kvfold.engine.cuda.streams import Search, level_pairs

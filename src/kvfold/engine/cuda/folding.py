@@ -14,7 +14,7 @@ from kvfold.codebook.trellis import Code, code
 from kvfold.codec.canonical import inverse_sqrt
 from kvfold.config import SCALES, TRELLIS_CODECS, CacheSpec, SideSpec
 from kvfold.engine.cuda import driver
-from kvfold.engine.cuda.fragments import TRELLIS
+from kvfold.engine.cuda.formats import TRELLIS
 from kvfold.errors import NonFiniteInput
 
 INDEX_BITS = 6  # of a trellis code's table of levels, at most

@@ -118,9 +118,9 @@ template <class C> DI void computed_key_products(int (&acc)[C::NG][4][4], u32 ba
 #pragma unroll
   for (int n = 0; n < C::NG; n++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) {                 // of 2 bits, tile i holds the sums of fields 0..i
+    for (int i = 0; i < 4; i++) {                 // a tile holds the sums of fields 0..j
       acc[n][i][0] = acc[n][i][2] = 0;
-      acc[n][i][1] = acc[n][i][3] = R::K == 2 ? (s.zq[n] >> 1) - s.zq[n] * (2 << 2 * i) : i & 1 ? -56 * s.zq[n] : (s.zq[n] >> 1) - 4 * s.zq[n];
+      acc[n][i][1] = acc[n][i][3] = R::K == 2 ? (s.zq[n] >> 1) - s.zq[n] * (2 << 2 * i) : i & 1 ? -119 * s.zq[n] : -7 * s.zq[n];
     }
 #pragma unroll
   for (int u = 0; u < C::KT; u++) {
@@ -128,7 +128,7 @@ template <class C> DI void computed_key_products(int (&acc)[C::NG][4][4], u32 ba
     words.fields_of_two(u, x, y);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int p = i / R::FIELDS, j = i % R::FIELDS; const u32 mask = R::K == 2 ? (j == 3 ? ~0u : 0x01010101u * ((4u << 2 * j) - 1)) : R::MASK << 4 * j;
+      const int p = i / R::FIELDS, j = i % R::FIELDS; const u32 mask = j == R::FIELDS - 1 ? ~0u : R::K == 2 ? 0x01010101u * ((4u << 2 * j) - 1) : R::MASK;
       const u32 a[4] = {x[2 * p][0] & mask, x[2 * p + 1][0] & mask, x[2 * p][1] & mask, x[2 * p + 1][1] & mask};
       const u32 b[4] = {y[2 * p][0] & mask, y[2 * p + 1][0] & mask, y[2 * p][1] & mask, y[2 * p + 1][1] & mask};
 #pragma unroll
@@ -138,22 +138,21 @@ template <class C> DI void computed_key_products(int (&acc)[C::NG][4][4], u32 ba
       }
     }
   }
-  if constexpr (R::K == 2)
 #pragma unroll
-    for (int n = 0; n < C::NG; n++)
+  for (int n = 0; n < C::NG; n++)
 #pragma unroll
-      for (int i = 3; i > 0; i--)
+    for (int i = 3; i > 0; i--)
+      if (i % R::FIELDS)
 #pragma unroll
         for (int c = 0; c < 4; c++) acc[n][i][c] -= acc[n][i - 1][c];
 }
-// p * V scale as 16-bit integers relative to the chunk, split into bytes and moved from C to B layout: two shuffles per 32 tokens.
-template <class C> DI void weights(u32 (&pb)[2][2], float (&fac), float& zs, const float (&x)[8], const float (&vs)[8], float vm, int lane) {
-  const int g = lane >> 2, t = lane & 3; float kv = 65535.f * rcp(vm); u32 f[8], sum = 0u - 8u * 0x4B000000u;
+// p * part as 16-bit integers, of `fac` each, split into bytes and moved from C to B layout: two shuffles per 32 tokens.
+template <class C> DI void whole_weights(u32 (&pb)[2][2], float fac, float& zs, const float (&x)[8], const float (&part)[8], int lane) {
+  const int g = lane >> 2, t = lane & 3; u32 f[8], sum = 0u - 8u * 0x4B000000u;
   const u32 selX = lane < 16 ? 0x7531u : 0x6420u, selY = selX ^ (0x7531u ^ 0x6420u);
   const int srcX = (t + 4 * (g & 1)) * 4 + (g >> 1), srcY = srcX ^ 16;
-  fac *= vm * (1.f / 65535.f);
 #pragma unroll
-  for (int i = 0; i < 8; i++) { f[i] = __float_as_uint(fmaf(x[i], vs[i] * kv, 8388608.f)); sum += f[i]; }      // 2^23: low 16 bits are the integer
+  for (int i = 0; i < 8; i++) { f[i] = __float_as_uint(fmaf(x[i], part[i], 8388608.f)); sum += f[i]; }      // 2^23: low 16 bits are the integer
   zs = fmaf((float)(int)sum, fac, zs);
 #pragma unroll
   for (int k = 0; k < 2; k++) {
@@ -161,6 +160,13 @@ template <class C> DI void weights(u32 (&pb)[2][2], float (&fac), float& zs, con
     u32 X = __shfl_sync(~0u, prmt(pa, pc, selX), srcX), Y = __shfl_sync(~0u, prmt(pa, pc, selY), srcY);
     pb[k][0] = g & 1 ? Y : X; pb[k][1] = g & 1 ? X : Y;
   }
+}
+// The same with part = V scale, relative to the chunk's largest, vm.
+template <class C> DI void weights(u32 (&pb)[2][2], float& fac, float& zs, const float (&x)[8], const float (&vs)[8], float vm, int lane) {
+  const float kv = 65535.f * rcp(vm); float part[8]; fac *= vm * (1.f / 65535.f);
+#pragma unroll
+  for (int i = 0; i < 8; i++) part[i] = vs[i] * kv;
+  whole_weights<C>(pb, fac, zs, x, part, lane);
 }
 template <class C> DI void add_tile(float* O, const int (&c)[4], float f) {
   O[0] = fmaf((float)(c[0] * 256 + c[1]), f, O[0]); O[1] = fmaf((float)(c[2] * 256 + c[3]), f, O[1]);
@@ -223,23 +229,28 @@ template <class C> DI void trellis_value_products(State<C>& s, Ring<C>& ring, u3
     }
   }
 }
-// The same of a computed code; weights of tokens whose fields stand r bits of 4 higher are that much smaller.
+// The same of a computed code. Weights of tokens whose fields stand higher in four, or eight, bits are that much smaller; products are `high` times too large.
 template <class C> DI void computed_value_products(State<C>& s, Ring<C>& ring, u32 base, const u32 (&px)[C::NG][2][2], const u32 (&py)[C::NG][2][2], const float (&fac)[C::NG], int lane) {
   using R = Words<pair_bits(C::VF) / 2, C::D, 1>; R words; words.load(base, lane); words.connect(base + C::Reg::V_CODES + 64, lane); ring.release();
+  constexpr float high = R::K == 2 ? 16.f : 2.f;
 #pragma unroll
   for (int i = 0; i < C::MT; i++) {
     int c[C::NG][4] = {}; u32 x[R::RUNS][2], y[R::RUNS][2];
     words.fields_of_two(i, x, y);
 #pragma unroll
     for (int f = 0; f < 2; f++) {
-      const int run = R::RUNS == 2 ? f : 0, down = R::RUNS == 2 ? 0 : 4 * f, next = R::K == 2 ? 2 : 4;
-      const u32 x0 = x[run][0] >> down, x1 = x[run][1] >> down, y0 = y[run][0] >> down, y1 = y[run][1] >> down;
-      const u32 a[4] = {x0 & R::MASK, x1 & R::MASK, x0 & R::MASK << next, x1 & R::MASK << next}, b[4] = {y0 & R::MASK, y1 & R::MASK, y0 & R::MASK << next, y1 & R::MASK << next};
+      const int run = R::RUNS == 2 ? f : 0; const u32 lower = R::K == 2 ? R::MASK << 4 * f : R::MASK, upper = lower << (R::K == 2 ? 2 : 4);
+      const u32 a[4] = {x[run][0] & lower, x[run][1] & lower, x[run][0] & upper, x[run][1] & upper}, b[4] = {y[run][0] & lower, y[run][1] & lower, y[run][0] & upper, y[run][1] & upper};
 #pragma unroll
-      for (int n = 0; n < C::NG; n++) { mma_uu(c[n], a, px[n][f][0], px[n][f][1]); mma_uu(c[n], b, py[n][f][0], py[n][f][1]); }
+      for (int n = 0; n < C::NG; n++) {
+        if (R::K == 2 && f == 1)
+#pragma unroll
+          for (int k = 0; k < 4; k++) c[n][k] *= 16;
+        mma_uu(c[n], a, px[n][f][0], px[n][f][1]); mma_uu(c[n], b, py[n][f][0], py[n][f][1]);
+      }
     }
 #pragma unroll
-    for (int n = 0; n < C::NG; n++) add_tile<C>(&s.O[n][2 * i], c[n], fac[n]);
+    for (int n = 0; n < C::NG; n++) add_tile<C>(&s.O[n][2 * i], c[n], fac[n] * (1.f / high));
   }
 }
 // Scores of the next chunk, in units of s.cs; its slot is released.
@@ -250,7 +261,10 @@ template <class C> DI void chunk_scores(float (&x)[C::NG][8], const State<C>& s,
   const u32 base = ring.wait(), codes = base + C::Reg::MEAN_BYTES; int acc[C::NG][4][4];
   if constexpr (is_computed(C::KF)) {
     computed_key_products<C>(acc, codes, q_rot, s, lane);
-    const float mean = computed_scales<C::MEAN>(f8, lds2(codes + C::Reg::K_CODES + g * 8), g);
+    const uint2 held = lds2(codes + C::Reg::K_CODES + g * 8); float mean; const float unit = unit_of_scales<C::MEAN>(mean, held, g);
+    scale_codes(f8, held);
+#pragma unroll
+    for (int i = 0; i < 8; i++) f8[i] = times_code(f8[i], unit * (1.f / (1 << (C::KF == COMPUTED_2 ? i & 6 : 2 * (i & 2) + 1))));    // fields of tile i / 2 stand so many bits higher
     if constexpr (C::MEAN) mean_offset<C>(off, mean, base, q_rot + C::Q_BYTES, column, lane);
   } else if constexpr (is_trellis(C::KF)) {
     const uint4 sc = lds4(codes + C::Reg::K_CODES + g * 16);
@@ -272,7 +286,7 @@ template <class C> DI void chunk_scores(float (&x)[C::NG][8], const State<C>& s,
   for (int n = 0; n < C::NG; n++)
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const int up = C::KF == 1 || C::KF == COMPUTED_2 ? i & 6 : C::KF == COMPUTED_3 ? 2 * (i & 2) : 0;  // bits that a field of tile i / 2 stands higher
+      const int up = C::KF == 1 ? i & 6 : 0;      // bits that a field of tile i / 2 stands higher
       float k = f8[i] * (1.f / (1 << up));
       x[n][i] = fmaf((float)(acc[n][i >> 1][(i & 1) * 2] * 256 + acc[n][i >> 1][(i & 1) * 2 + 1]), k, off[n]);
     }
@@ -302,17 +316,16 @@ template <class C> DI void chunk(State<C>& s, Ring<C>& ring, const Plan& plan, u
   }
   const u32 base = ring.wait();
   if constexpr (is_computed(C::VF)) {
-    u32 px[C::NG][2][2], py[C::NG][2][2]; float vm = 1e-7f, y8[8]; const float up = C::VF == COMPUTED_2 ? 4.f : 16.f, down = g & 4 ? 1.f / up : 1.f;
-    computed_scales<false>(f8, lds2(base + C::Reg::V_CODES + g * 8), g);
+    u32 px[C::NG][2][2], py[C::NG][2][2]; float mean, code[8], part_x[8], part_y[8]; const float up = C::VF == COMPUTED_2 ? 4.f : 16.f;
+    const uint2 held = lds2(base + C::Reg::V_CODES + g * 8); const float unit = unit_of_scales<false>(mean, held, g);
+    const float step = 65535.f / MOST_SCALE * (g & 4 ? 1.f / up : 1.f);
+    scale_codes(code, held);
 #pragma unroll
-    for (int i = 0; i < 8; i++) { f8[i] *= down; vm = fmaxf(vm, f8[i]); }
-#pragma unroll
-    for (int d = 4; d < 32; d *= 2) vm = fmaxf(vm, __shfl_xor_sync(~0u, vm, d));
-#pragma unroll
-    for (int i = 0; i < 8; i++) y8[i] = f8[i] * (2.f / 3.f);
+    for (int i = 0; i < 8; i++) { part_x[i] = times_code(code[i], step); part_y[i] = times_code(code[i], step * (2.f / 3.f)); }
 #pragma unroll
     for (int n = 0; n < C::NG; n++) {
-      float sum = 0, again = fac[n]; weights<C>(px[n], fac[n], sum, x[n], f8, vm, lane); weights<C>(py[n], again, sum, x[n], y8, vm, lane);
+      float sum = 0; fac[n] *= unit * (MOST_SCALE / 65535.f);
+      whole_weights<C>(px[n], fac[n], sum, x[n], part_x, lane); whole_weights<C>(py[n], fac[n], sum, x[n], part_y, lane);
       s.zs[n] = fmaf(sum, g & 4 ? up : 1.f, s.zs[n]);
     }
     computed_value_products<C>(s, ring, base, px, py, fac, lane);

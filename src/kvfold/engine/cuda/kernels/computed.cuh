@@ -2,9 +2,9 @@
 // step of many vectors, so that a few logical instructions make the fields of all of them, and tensor cores multiply them where they stand, masked.
 //
 // Keys: lane 4g + t holds coordinates (D/4) t + (D/16) b + s, byte b, step s; the rotated query lies in that order (quantize). 2 bits: word [s][rr] has
-// tokens 16 j + 8 rr + g at bits 8 b + 2 j. 3 bits: word [s][2 P + rr] has tokens 16 (2 P + j) + 8 rr + g at bits 8 b + 4 j. Values: coordinate (D/8) g + s; 2 bits: word
-// [s] has tokens 8 (4 f + b) + t + 4 r at bits 8 b + 2 (2 f + r); 3 bits: word [s][f] has them at bits 8 b + 4 r. Of 3 bits, three words of four are stored,
-// [s][0..2] of keys, of values [2 i][0], [2 i][1], [2 i + 1][0]; their spare bits 3 are the planes of the fourth.
+// tokens 16 j + 8 rr + g at bits 8 b + 2 j. 3 bits: word [s][2 P + rr] has tokens 16 (2 P + j) + 8 rr + g at bits 8 b + 4 j + 1. Values: coordinate (D/8) g + s; 2 bits: word
+// [s] has tokens 8 (4 f + b) + t + 4 r at bits 8 b + 2 (2 f + r); 3 bits: word [s][f] has them at bits 8 b + 4 r + 1. Of 3 bits, three words of four are stored,
+// [s][0..2] of keys, of values [2 i][0], [2 i][1], [2 i + 1][0]; their spare bits 0 are bits 1, 2, 3 of the fourth, which shifts to the left, products, put in place.
 // A byte's run of keys goes on in the next byte, byte 3's in the next lane; a lane's runs of values in lane + 4. Before the first runs are start states.
 // Behind the codes: [g][i] scale of token 8 i + g, six bits; bits 6 and 7 of a row, first byte lowest, are the float16 unit, in odd rows of keys with means the mean's
 // scale. Then the words of the steps before the first runs: of keys, bytes 2 i + rr or 4 i + 2 P + rr of row g, step -1 - i; of values words i or 2 i + f of row t.
@@ -13,29 +13,32 @@
 template <int K> constexpr int SYMBOLS = 1 + (REGISTER + K - 1) / K;                           // a field reads: the step's own and those before it
 // The parities of codebook/trellis.toml, of whole words; symbol[i]: of the step i before.
 template <int K> DI u32 field_x(const u32 (&symbol)[SYMBOLS<K>]) { return symbol[0] ^ symbol[1] ^ symbol[SYMBOLS<K> - 1]; }
-template <int K> DI u32 field_y(const u32 (&symbol)[SYMBOLS<K>]) { return symbol[1] ^ (K == 2 ? symbol[2] << 1 & 0xaaaaaaaau : symbol[1] << 2 & 0x44444444u); }
+template <int K> DI u32 field_y(const u32 (&symbol)[SYMBOLS<K>]) { return symbol[1] ^ (K == 2 ? symbol[2] << 1 & 0xaaaaaaaau : symbol[1] << 2 & 0x88888888u); }
 
-// The fourth of four words, out of the spare bits of the three that are stored. decode<3> has the same in place: called there, ptxas makes other code of it.
-DI u32 fourth(u32 a, u32 b, u32 c) { return (a >> 3 & 0x11111111u) | (b >> 2 & 0x22222222u) | (c >> 1 & 0x44444444u); }
+// Spare bits, and the fourth of four words, out of those of the three that are stored.
+constexpr u32 SPARE = 0x11111111u;
+DI u32 fourth(u32 a, u32 b, u32 c) { return (a & SPARE) * 2 + (b & SPARE) * 4 + (c & SPARE) * 8; }
 
 // One side's words of a half page. RUNS: words of a step; STEPS of a run; FIELDS of a byte; HELD words.
 template <int K_, int D_, int V_> struct Words {
-  static constexpr int K = K_, D = D_, V = V_, RUNS = (V ? 1 : 2) * (K == 2 ? 1 : 2), STEPS = V ? D / 8 : D / 16, FIELDS = K == 2 ? 4 : 2, HELD = D * K / 16, LINKS = SYMBOLS<K> - 1;
-  static constexpr u32 M = (1 << K) - 1, MASK = 0x01010101u * M;
+  static constexpr int K = K_, D = D_, V = V_, RUNS = (V ? 1 : 2) * (K == 2 ? 1 : 2), STEPS = V ? D / 8 : D / 16, FIELDS = K == 2 ? 4 : 2, HELD = D * K / 16, LINKS = SYMBOLS<K> - 1, FIRST = K == 3;   // bit of a byte's first field
+  static constexpr u32 M = (1 << K) - 1, MASK = 0x01010101u * (M << FIRST);
   u32 w[HELD], link[RUNS][LINKS];
   DI void load(u32 base, int lane) {
 #pragma unroll
     for (int i = 0; i < HELD / 4; i++) { const uint4 v = lds4(base + i * 512 + lane * 16); w[4 * i] = v.x; w[4 * i + 1] = v.y; w[4 * i + 2] = v.z; w[4 * i + 3] = v.w; }
   }
-  // Of the field at bits 8 b + (8 / FIELDS) j of a word of lane 4g + t: the token, inside the half page, and the coordinate at step s.
+  // Of the field at bits 8 b + (8 / FIELDS) j + FIRST of a word of lane 4g + t: the token, inside the half page, and the coordinate at step s.
   static DI int token(int run, int b, int j, int g, int t) {
     return V ? 8 * (4 * (K == 2 ? j >> 1 : run) + b) + t + 4 * (j & 1) : 16 * ((run >> 1) * FIELDS + j) + 8 * (run & 1) + g;
   }
   static DI int coordinate(int s, int b, int g, int t) { return V ? D / 8 * g + s : D / 4 * t + D / 16 * b + s; }
   DI u32 stored(int run, int s) const {
     if constexpr (K == 2) return V ? w[s] : w[4 * (s >> 1) + run + 2 * (s & 1)];
-    else if constexpr (V) { const int i = s >> 1, c = 2 * (s & 1) + run; return c < 3 ? w[3 * i + c] : fourth(w[3 * i], w[3 * i + 1], w[3 * i + 2]); }
-    else return run < 3 ? w[3 * s + run] : fourth(w[3 * s], w[3 * s + 1], w[3 * s + 2]);
+    else {                                          // keys without spare bits: whole bytes of them are multiplied. By a subtraction that leaves the logical unit alone
+      const int c = V ? 2 * (s & 1) + run : run; const u32* three = w + 3 * (V ? s >> 1 : s);
+      return c == 3 ? fourth(three[0], three[1], three[2]) : V ? three[c] : mad(three[c] & SPARE, ~0u, three[c]);
+    }
   }
   DI u32 step(int run, int s) const { return s < 0 ? link[run][-1 - s] : stored(run, s); }
   // What runs go on from; `rows`: the start words of this half page, in shared memory (by address) or global.
@@ -73,12 +76,18 @@ template <int K_, int D_, int V_> struct Words {
 };
 // Bits 6 and 7 of the eight bytes, the first byte's lowest.
 DI u32 spares(uint2 codes) { return ((codes.x >> 6 & 0x03030303u) * 0x01041040u >> 24) | (codes.y >> 6 & 0x03030303u) * 0x01041040u >> 24 << 8; }
-// Scales of tokens 8 i + g from row g of a side's scales; returns the mean's scale, of keys with means.
-template <bool MEAN> DI float computed_scales(float (&f)[8], uint2 codes, int g) {
-  float mine = half_low(spares(codes)), other = mine;
-  if constexpr (MEAN) other = __shfl_xor_sync(~0u, mine, 4);
-  const float unit = g & 1 ? other : mine;
+// Codes of the scales of tokens 8 i + g, as floats above 2^23, and a product with one of them.
+constexpr float ABOVE = 8388608.f, MOST_SCALE = 63.f;
+DI void scale_codes(float (&f)[8], uint2 codes) {
+  const u32 low = codes.x & 0x3f3f3f3fu, high = codes.y & 0x3f3f3f3fu;
 #pragma unroll
-  for (int i = 0; i < 8; i++) f[i] = unit * (float)((i < 4 ? codes.x : codes.y) >> 8 * (i & 3) & 63);
-  return g & 1 ? mine : other;
+  for (int i = 0; i < 8; i++) f[i] = __uint_as_float(prmt(i < 4 ? low : high, __float_as_uint(ABOVE), 0x7440u + (i & 3)));
+}
+DI float times_code(float code, float x) { return fmaf(code, x, -ABOVE * x); }
+// Units of a side's scales and of the mean, of keys with means, from row g.
+template <bool MEAN> DI float unit_of_scales(float& mean, uint2 codes, int g) {
+  const float mine = half_low(spares(codes)); float other = mine;
+  if constexpr (MEAN) other = __shfl_xor_sync(~0u, mine, 4);
+  mean = g & 1 ? mine : other;
+  return g & 1 ? other : mine;
 }

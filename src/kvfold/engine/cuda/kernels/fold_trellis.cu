@@ -167,7 +167,7 @@ DI u32 step_word(const u16* rows, const u8* start, const TrellisFoldArgs& P, int
     for (int j = 0; j < R::FIELDS; j++) {
       const int token = half * HALF_TOKENS + R::token(run, b, j, g, t), at = R::coordinate(s, b, g, t);
       const u32 symbol = at >= 0 ? rows[token * C::ROW + at] & 15u : P.start[start[token]] >> (-1 - at) * R::K & R::M;
-      word |= symbol << (8 * b + 8 / R::FIELDS * j);
+      word |= symbol << (8 * b + 8 / R::FIELDS * j + R::FIRST);
     }
   return word;
 }
@@ -178,9 +178,9 @@ DI void pack_words(const u16* rows, const u8* start, const TrellisFoldArgs& P, u
     const int half = e / (R::HELD * 32), lane = e & 31, i = e / 32 % R::HELD; u32 word;
     auto of = [&](int run, int s) { return step_word(rows, start, P, half, lane, run, s); };
     if constexpr (R::K == 2) word = C::V ? of(0, i) : of(i & 1, 2 * (i >> 2) + (i >> 1 & 1));
-    else {                                                           // three words and a plane of the fourth in each one's spare bits
+    else {                                                           // three words and a plane of the fourth in each one's spare bits 0
       const int group = i / 3, c = i % 3; const u32 last = C::V ? of(1, 2 * group + 1) : of(3, group);
-      word = (C::V ? of(c & 1, 2 * group + (c >> 1)) : of(c, group)) | (last >> c & 0x11111111u) << 3;
+      word = (C::V ? of(c & 1, 2 * group + (c >> 1)) : of(c, group)) | (last >> (c + 1) & SPARE);
     }
     *(u32*)(codes + half * C::HALF + (i / 4 * 32 + lane) * 16 + i % 4 * 4) = word;
   }

@@ -51,7 +51,7 @@ template <class C, int F, int V> DI void unfold_side(const UnfoldArgs& P, unsign
         for (int b = 0; b < 4; b++)
 #pragma unroll
           for (int j = 0; j < R::FIELDS; j++) {
-            const int at = 8 * b + 8 / R::FIELDS * j, level = 6 * (int)(x >> at & R::M) + 4 * (int)(y >> at & R::M) - 5 * (int)R::M;
+            const int at = 8 * b + 8 / R::FIELDS * j + R::FIRST, level = 6 * (int)(x >> at & R::M) + 4 * (int)(y >> at & R::M) - 5 * (int)R::M;
             put(R::token(run, b, j, g, t), R::coordinate(s, b, g, t), level);
           }
       }
