@@ -254,8 +254,10 @@ def memory_table() -> str:
     body = []
     for r in latest(read("memory")):
         share = [f"{100 * float(r[f]):.0f} %" for f in ("stock_share", "folded_share", "over_cache_share")]
-        body.append([f"{int(r['context']):,}", *share])
-    return markdown(["prompt tokens", "stock cache (float32)", "folded", "of it beyond the folded bytes"], body)
+        model, planned = r["command"].split()[2], f"{100 * float(r['plan_error']):+.1f} %"
+        body.append([model, f"{int(r['context']):,}", *share, planned])
+    head = ["model", "prompt tokens", "stock cache (float32)", "folded", "of it beyond the folded bytes", "plan against peak"]
+    return markdown(head, body)
 
 
 def cpu_runs(best: str, beside: str = "read-floor", maker: str = "") -> list[dict[str, Row]]:
