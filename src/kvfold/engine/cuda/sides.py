@@ -53,6 +53,10 @@ class Side(ABC):
     def put_units(self, half: Tensor, unit: Tensor) -> None:
         """unit: float16 [..., g, i], the scales of tokens 8 i + g; [..., 1, 1] where scales are codes."""
 
+    def _pairs(self, half: Tensor) -> Tensor:
+        """View [..., g, i, byte] of what tokens 8 i + g have behind the codes, where that is two bytes."""
+        return half[..., self.code_bytes :].unflatten(-1, (8, 8, 2))
+
 
 class ScalarSide(Side):
     """64 float16 scales, token 8 i + g at [g][i]. Scales are not negative: the signs of K scales [g][t], g < 4, t < 4, hold
@@ -65,31 +69,27 @@ class ScalarSide(Side):
         )
         for h, half in enumerate(halves):
             half[..., : self.code_bytes] = pack_half(codes[h], self.format, self.value)
-            self._scales(half)[:] = scales[..., h, :, :, :]
+            self._pairs(half)[:] = scales[..., h, :, :, :]
 
     def take(self, halves: list[Tensor]) -> dict[str, Tensor]:
         codes, scales = [], []
         for half in halves:
             codes.append(unpack_half(half[..., : self.code_bytes], self.dim, self.format, self.value))
-            s = self._scales(half).transpose(-3, -2).flatten(-3).contiguous().view(torch.int16)
+            s = self._pairs(half).transpose(-3, -2).flatten(-3).contiguous().view(torch.int16)
             hides = self.layout.mean and not self.value
             scales.append((s & 0x7FFF if hides else s).view(torch.float16))
         return {"codes": torch.cat(codes, dim=-2), "scale": torch.cat(scales, dim=-1)[..., None]}
 
     def put_mean_scale(self, half: Tensor, scale: Tensor) -> None:
         bits = (scale.contiguous().view(torch.int16).int()[..., None] >> self._hidden(scale.device)) & 1
-        self._scales(half)[..., :4, :4, 1] |= bits.to(torch.uint8) << 7
+        self._pairs(half)[..., :4, :4, 1] |= bits.to(torch.uint8) << 7
 
     def mean_scale(self, half: Tensor) -> Tensor:
-        bits = (self._scales(half)[..., :4, :4, 1] >> 7).int() << self._hidden(half.device)
+        bits = (self._pairs(half)[..., :4, :4, 1] >> 7).int() << self._hidden(half.device)
         return bits.sum((-2, -1))[..., None].to(torch.int16).view(torch.uint8)
 
     def put_units(self, half: Tensor, unit: Tensor) -> None:
-        self._scales(half)[:] = unit[..., None].view(torch.uint8)
-
-    def _scales(self, half: Tensor) -> Tensor:
-        """View [..., g, i, byte]."""
-        return half[..., self.code_bytes :].unflatten(-1, (8, 8, 2))
+        self._pairs(half)[:] = unit[..., None].view(torch.uint8)
 
     def _hidden(self, device: torch.device) -> Tensor:
         """Bit of the mean's scale in the sign of K scale [g][t]."""
@@ -157,10 +157,6 @@ class TrellisSide(PathSide):
 
     def _unit(self, half: Tensor) -> Tensor:
         return self._pairs(half)[..., 0, UNIT, 1]
-
-    def _pairs(self, half: Tensor) -> Tensor:
-        """View [..., g, i, byte]: of tokens 8 i + g, header and byte more."""
-        return half[..., self.code_bytes :].unflatten(-1, (8, 8, 2))
 
 
 class ComputedSide(PathSide):
