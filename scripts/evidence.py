@@ -10,6 +10,7 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
+from kvfold.bench.cuda_decode import CODECS
 from kvfold.profiles import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,13 +18,7 @@ PROFILES = ROOT / "src" / "kvfold" / "profiles"
 DEMO = "recall-llama-12m"
 SIZED = 131072  # tokens
 # What the CUDA engine's rows call codecs and widths.
-LETTERS = {
-    **{("trellis", bits): letter for bits, letter in zip((3.5, 2.5, 3, 2, 1.5, 1), "abcdef", strict=True)},
-    ("computed", 3): "g",
-    ("computed", 2): "h",
-    ("mse", 3): "3",
-    ("uniform", 2): "u",
-}
+LETTERS = {codec: letter for letter, codec in CODECS.items()}
 Row = dict[str, str]
 
 
